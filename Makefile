@@ -1,0 +1,55 @@
+# The one list of commands. `make demo` and `make test` need nothing before them but Python, gcc and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := data parallel trainer launch benchmarks
+LOGDIR ?= runs
+
+# Ranks share few cores in tests: one thread per process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast check format verify tensorboard clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## create .venv and install the project with its development tools
+
+# Depends on pyproject.toml alone, so that a second call does nothing until a dependency changes.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "error: Python %d.%d is too old, at least 3.11 is needed: make PYTHON=/path/to/python3" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $(STAMP)
+
+demo: setup  ## train teacher, SAE and two students from the standard library's text into runs/demo/
+	$(BIN)/python -m launch.demo
+
+test: setup  ## run every test that this machine can run
+	$(PYTEST)
+
+test-fast: setup  ## run the tests that neither start ranks nor take long
+	$(PYTEST) -m "not slow and not dist"
+
+check: setup  ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(SOURCES)
+
+format: setup  ## apply the formatter and the safe lint fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+verify: setup  ## recompute the golden numbers of the authors' implementation
+	$(BIN)/python -m trainer.verify tests/golden
+
+tensorboard: setup  ## watch the runs; LOGDIR=runs/demo for the demo
+	$(BIN)/tensorboard --logdir $(LOGDIR)
+
+clean:  ## remove caches and the virtual environment; runs and datasets stay
+	rm -rf $(VENV) build cocomix.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find $(SOURCES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
