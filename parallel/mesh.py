@@ -1,0 +1,98 @@
+"""The device mesh: which ranks hold replicas, which hold shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from parallel.config import ParallelConfig
+from parallel.world import World
+
+if TYPE_CHECKING:
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place on the axes ``dp_replicate x dp_shard x tp``."""
+
+    dp_rank: int
+    """Number of this rank's share of the batch, 0 to ``dp_size - 1``."""
+
+    dp_size: int
+    """Shares of the batch: ``dp_replicate * dp_shard``."""
+
+    tp_rank: int
+    """Place in the tensor-parallel group."""
+
+    tp_size: int
+    """Ranks that compute one share of the batch together."""
+
+    fsdp: DeviceMesh
+    """Mesh of ``fully_shard``: 1-D (shard), or 2-D (replicate, shard) for hybrid sharding."""
+
+    dp_group: dist.ProcessGroup | None
+    """Group of all data-parallel ranks; None when there is only one."""
+
+
+def build_mesh(config: ParallelConfig, world: World) -> Mesh:
+    """Lay the ranks out on the axes; a collective over all ranks.
+
+    Raises:
+        ValueError: The axes do not multiply to the number of processes.
+        ModuleNotFoundError: torchtitan is not installed.
+    """
+    dp_shard = _dp_shard(config, world.size)
+    try:
+        # Not at the top: configuration, world and collectives must import without torchtitan.
+        from parallel.titan import build_parallel_dims
+    except ModuleNotFoundError as error:
+        package = (error.name or "torchtitan").partition(".")[0]
+        raise ModuleNotFoundError(f"{package} is not installed, but every mesh needs it") from error
+    dims = build_parallel_dims(
+        dp_replicate=config.dp_replicate,
+        dp_shard=dp_shard,
+        tp=config.tp,
+        world_size=world.size,
+        device_type=world.device.type,
+    )
+    batch = dims.get_optional_mesh("batch")
+    tp = dims.get_optional_mesh("tp")
+    mesh = Mesh(
+        dp_rank=batch.get_local_rank() if batch else 0,
+        dp_size=config.dp_replicate * dp_shard,
+        tp_rank=tp.get_local_rank() if tp else 0,
+        tp_size=config.tp,
+        fsdp=dims.get_mesh(["dp_replicate", "fsdp"] if config.dp_replicate > 1 else "fsdp"),
+        dp_group=batch.get_group() if batch else None,
+    )
+    _limit_time(dims, world)
+    return mesh
+
+
+def _dp_shard(config: ParallelConfig, world_size: int) -> int:
+    others = config.dp_replicate * config.tp
+    dp_shard = world_size // others if config.dp_shard == -1 else config.dp_shard
+    if others * dp_shard != world_size:
+        raise ValueError(
+            f"parallel.dp_replicate={config.dp_replicate} x dp_shard={config.dp_shard} x tp={config.tp} "
+            f"does not fit the {world_size} processes of this run"
+        )
+    return dp_shard
+
+
+def _limit_time(dims: ParallelDims, world: World) -> None:
+    """Give every axis' group the world's time limit.
+
+    A new group takes torch's default of 10 (nccl) or 30 minutes (gloo), not that of the world's
+    group, and torch 2.13 has no public setter for an existing group.
+    """
+    for axis in ("batch", "dp_replicate", "fsdp", "tp"):
+        submesh = dims.get_optional_mesh(axis)
+        if submesh is not None:
+            _set_pg_timeout(timedelta(seconds=world.timeout_s), submesh.get_group())

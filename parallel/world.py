@@ -1,0 +1,113 @@
+"""The process group: who this process is, which device it computes on, start and end."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    """Number of this process, 0 to ``size - 1``."""
+
+    size: int
+    """Number of processes."""
+
+    local_rank: int
+    """Number of this process on its machine; its CUDA device."""
+
+    device: torch.device
+    """Where this process computes."""
+
+    timeout_s: float = 600.0
+    """Seconds after which a collective of any of the run's groups fails."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes logs."""
+        return self.rank == 0
+
+
+def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> World:
+    """Join the run's process group and choose the device.
+
+    Under torchrun its environment says who this process is; without it the run is one process
+    and needs no port. CPU runs use gloo. CUDA runs use nccl for device tensors and gloo for CPU
+    tensors, so that small host-side agreements never wait for the device. A group that exists
+    already is used as it is.
+
+    Args:
+        device: ``auto`` takes CUDA where it is present.
+        timeout_s: Seconds that a collective may take before it raises.
+
+    Raises:
+        ValueError: The launcher's environment is incomplete or contradicts itself, or the device
+            is not there.
+    """
+    rank, size, local_rank = _identity()
+    chosen = _choose_device(device, local_rank)
+    if not dist.is_initialized():
+        # A one-process store in memory: a plain `python -m` run must neither need nor open a port.
+        store = None if _launched() else dist.HashStore()
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    return World(rank=rank, size=size, local_rank=local_rank, device=chosen, timeout_s=timeout_s)
+
+
+def stop_world() -> None:
+    """Leave the process group; does nothing when there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _launched() -> bool:
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+
+
+def _identity() -> tuple[int, int, int]:
+    """Return (rank, world size, local rank) from the group, the launcher or for a single process."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0"))
+    if not _launched():
+        return 0, 1, 0
+    rank, size, local_rank = (_environment_int(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if rank >= size:
+        raise ValueError(f"RANK={rank} must be below WORLD_SIZE={size}")
+    if not os.environ.get("MASTER_ADDR"):
+        raise ValueError("MASTER_ADDR is not set although RANK and WORLD_SIZE are: start with torchrun")
+    _environment_int("MASTER_PORT")
+    return rank, size, local_rank
+
+
+def _environment_int(name: str) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        raise ValueError(f"{name} is not set although RANK or WORLD_SIZE is: start with torchrun")
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text!r} in the environment must be a whole number of at least 0")
+    return int(text)
+
+
+def _choose_device(device: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and count == 0):
+        return torch.device("cpu")
+    if count == 0:
+        raise ValueError("run.device=cuda, but this machine has no CUDA device that torch can use")
+    if local_rank >= count:
+        raise ValueError(f"LOCAL_RANK={local_rank} must be below the number of CUDA devices, {count}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
