@@ -1,0 +1,29 @@
+"""Settings of the whole test suite."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+
+def pytest_configure() -> None:
+    """Give each test process one thread: rank tests fork, and several ranks share few cores."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run; the reason stands in pytest's summary."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("slurm") and shutil.which("slurmctld") is None:
+            item.add_marker(pytest.mark.skip(reason="needs slurmctld on the PATH"))
+
+
+def _has_gpu() -> bool:
+    # torch is imported late, so that torch-free tests start quickly.
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,352 @@
+"""Training a TopK autoencoder: losses and gradients against dense formulas, invariants, what it learns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.apply import apply_parallel, gather_full_state, materialize
+from parallel.collectives import min_over_ranks
+from parallel.config import ParallelConfig
+from parallel.mesh import build_mesh
+from parallel.world import World
+from tests.ranks import run_ranks
+from trainer.concepts.sae import TopKSae
+from trainer.concepts.sae_training import (
+    ReconstructionSums,
+    SaeLearner,
+    SaeTerms,
+    init_sae_parameter,
+    loss_recovered,
+    reconstruction_metrics,
+    reconstruction_sums,
+    splice_losses,
+)
+from trainer.config import SaeConfig
+
+WIDTH = 16
+CONFIG = SaeConfig(
+    teacher="none", layer=0, num_latents=48, top_k=4, aux_top_k=6, aux_weight=0.5, dead_after_tokens=100
+)
+
+
+def learner_of(
+    config: SaeConfig = CONFIG, width: int = WIDTH, *, seed: int = 0, noise: float = 0.0
+) -> SaeLearner:
+    """A learner with initial weights; ``noise`` untangles encoder, decoder and biases."""
+    learner = SaeLearner(width, config)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, tensor in learner.state_dict().items():
+            tensor.copy_(init_sae_parameter(name, tensor.shape, tensor.dtype, seed=seed))
+        for parameter in learner.parameters():
+            parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
+    return learner
+
+
+def kill(learner: SaeLearner, *latents: int) -> None:
+    learner.tokens_since_active[list(latents)] = learner.dead_after_tokens
+
+
+def residuals(num_tokens: int = 50, seed: int = 0) -> Tensor:
+    return 3 * torch.randn(num_tokens, WIDTH, generator=torch.Generator().manual_seed(seed)) + 1
+
+
+def dense_terms(learner: SaeLearner, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Both losses of Gao et al. from dense (N, M) latents, by plain autograd."""
+    sae = learner.sae
+    x = (residual - residual.mean(-1, keepdim=True)) / (residual.std(-1, keepdim=True) + 1e-5)
+    scores = (x - sae.pre_bias) @ sae.encoder.weight.T + sae.latent_bias
+    keep = torch.zeros_like(scores).scatter(-1, scores.topk(sae.top_k).indices, 1.0)
+    error = x - ((scores.relu() * keep) @ sae.decoder + sae.pre_bias)
+    mse = (error.square().sum(-1) / x.square().sum(-1)).sum()
+    dead = learner.dead_latents()
+    dead_scores = torch.where(dead, scores, -torch.inf)
+    keep = torch.zeros_like(scores).scatter(-1, dead_scores.topk(learner.aux_top_k).indices, 1.0) * dead
+    left = error.detach() - (scores.relu() * keep) @ sae.decoder
+    return mse, (left.square().sum(-1) / x.square().sum(-1)).sum()
+
+
+@pytest.mark.parametrize("num_dead", [0, 3, 20])
+@pytest.mark.parametrize("chunk_rows", [2048, 7])
+def test_losses_and_gradients_equal_the_dense_formula(num_dead: int, chunk_rows: int) -> None:
+    """Catches a sparse backward that misses a term, and dead latents fewer than K_aux leaking live ones."""
+    learner = learner_of(noise=0.1)
+    learner.chunk_rows = chunk_rows
+    kill(learner, *range(num_dead))
+    terms = learner(residuals())
+    mse, aux = dense_terms(learner, residuals())
+    loss = mse + CONFIG.aux_weight * (aux if num_dead else 0)
+    torch.testing.assert_close(terms.normalized_mse, mse.detach())
+    torch.testing.assert_close(terms.aux, aux.detach() if num_dead else torch.zeros(()))
+    torch.testing.assert_close(terms.loss, loss)
+    parameters = list(learner.parameters())
+    ours = torch.autograd.grad(terms.loss, parameters)
+    for found, expected in zip(ours, torch.autograd.grad(loss, parameters), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_auxiliary_loss_trains_dead_latents_only() -> None:
+    """Catches a gradient through the error, which would make live latents serve the auxiliary loss."""
+    learner = learner_of(replace(CONFIG, aux_weight=1.0), noise=0.1)
+    kill(learner, 1, 2, 3)
+    terms = learner(residuals())
+    (gradient,) = torch.autograd.grad(terms.loss - dense_terms(learner, residuals())[0], learner.sae.decoder)
+    assert gradient[1:4].norm() > 1
+    assert gradient[4:].norm() < 1e-4
+
+
+def test_no_dead_latent_no_auxiliary_loss() -> None:
+    """Catches a constant term that is logged and weighted while nothing is dead."""
+    learner = learner_of(noise=0.1)
+    assert learner(residuals()).aux == 0
+    kill(learner, 0)
+    assert learner(residuals()).aux > 0
+    off = learner_of(replace(CONFIG, aux_top_k=0))
+    kill(off, 0)
+    assert off(residuals()).aux == 0
+
+
+def test_auxiliary_loss_that_overflows_is_dropped() -> None:
+    """Catches NaN weights after one overflow in a dead latent: loss and gradients must stay finite."""
+    learner = learner_of(noise=0.1)
+    with torch.no_grad():
+        learner.sae.decoder[0] = 3e38
+        # Large, but never among the top K.
+        learner.sae.latent_bias[0] = 50.0
+        learner.sae.latent_bias[1:] += 100.0
+    kill(learner, 0)
+    terms = learner(residuals())
+    assert terms.loss.isfinite() and terms.aux == 0
+    terms.loss.backward()
+    assert all(
+        parameter.grad.isfinite().all() for parameter in learner.parameters() if parameter.grad is not None
+    )
+
+
+def test_token_without_variation_and_empty_batches_are_finite() -> None:
+    """Catches 0/0 for a constant residual, and a crash where a rank has no real validation rows."""
+    learner = learner_of(noise=0.1)
+    terms = learner(torch.ones(2, WIDTH))
+    terms.loss.backward()
+    assert terms.loss.isfinite()
+    assert all(
+        parameter.grad.isfinite().all() for parameter in learner.parameters() if parameter.grad is not None
+    )
+    assert learner(torch.zeros(0, 5, WIDTH)).loss == 0
+
+
+def test_bf16_weights_give_fp32_losses_and_bf16_gradients() -> None:
+    """Catches a dtype mismatch in the hand-written backward under bf16 compute."""
+    learner = learner_of(noise=0.1)
+    half = learner_of(noise=0.1).to(torch.bfloat16)
+    kill(learner, 0, 1)
+    kill(half, 0, 1)
+    exact, rounded = learner(residuals()), half(residuals().bfloat16())
+    rounded.loss.backward()
+    assert rounded.loss.dtype == torch.float32
+    torch.testing.assert_close(rounded.loss, exact.loss, atol=0, rtol=0.03)
+    assert half.sae.encoder.weight.grad is not None and half.sae.encoder.weight.grad.dtype == torch.bfloat16
+
+
+def test_counters_age_by_steps_and_ignore_evaluation() -> None:
+    """Catches validation tokens that keep a latent alive, and counters that depend on the microbatches."""
+    learner = learner_of(noise=0.1)
+    used = {int(i) for i in learner.sae.encode(residuals())[1][learner.sae.encode(residuals())[0] > 0]}
+    learner.eval()
+    learner(residuals())
+    learner.train()
+    for microbatch in residuals().split(10):
+        learner(microbatch)
+    learner.sync_buffers(lambda counters: counters, tokens_per_step=70)
+    expected = [0 if latent in used else 70 for latent in range(CONFIG.num_latents)]
+    assert learner.tokens_since_active.tolist() == expected
+    assert not learner.dead_latents().any()
+    learner.sync_buffers(lambda counters: counters, tokens_per_step=70)
+    assert learner.tokens_since_active.tolist() == [count + 70 for count in expected]
+    assert learner.dead_latents().tolist() == [latent not in used for latent in range(CONFIG.num_latents)]
+    assert "activations" not in learner.state_dict() and "tokens_since_active" in learner.state_dict()
+
+
+def test_rows_stay_unit_norm_and_gradients_tangential() -> None:
+    """Catches a decoder that grows instead of its latents, and a projection along a whole other axis."""
+    learner = learner_of()
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=0.05)
+    for step in range(3):
+        learner(residuals(seed=step)).loss.backward()
+        learner.project_gradients()
+        gradient = learner.sae.decoder.grad
+        assert gradient is not None and gradient.norm() > 0
+        assert (gradient * learner.sae.decoder).sum(-1).abs().max() < 1e-4
+        optimizer.step()
+        optimizer.zero_grad()
+        assert (learner.sae.decoder.norm(dim=-1) - 1).abs().max() > 1e-4
+        learner.after_step()
+        torch.testing.assert_close(learner.sae.decoder.norm(dim=-1), torch.ones(CONFIG.num_latents))
+
+
+def test_initial_weights_are_tied_and_reproducible() -> None:
+    """Catches an encoder that does not start as the decoder, or values that depend on the order of calls."""
+    shape = torch.Size((CONFIG.num_latents, WIDTH))
+    encoder = init_sae_parameter("sae.encoder.weight", shape, torch.float32, seed=5)
+    torch.manual_seed(0)
+    assert torch.equal(encoder, init_sae_parameter("sae.decoder", shape, torch.float32, seed=5))
+    assert not torch.equal(encoder, init_sae_parameter("sae.decoder", shape, torch.float32, seed=6))
+    torch.testing.assert_close(encoder.norm(dim=-1), torch.ones(CONFIG.num_latents))
+    mean = torch.arange(3.0)
+    assert torch.equal(
+        init_sae_parameter("sae.pre_bias", mean.shape, mean.dtype, seed=5, data_mean=mean), mean
+    )
+    with pytest.raises(ValueError, match=r"sae\.gate is no tensor"):
+        init_sae_parameter("sae.gate", shape, torch.float32, seed=5)
+
+
+class Dictionary:
+    """Residuals made of a few of M random directions, standardised like the learner's inputs."""
+
+    def __init__(self, width: int, num_atoms: int, num_active: int) -> None:
+        self.generator = torch.Generator().manual_seed(11)
+        atoms = torch.randn(num_atoms, width, generator=self.generator)
+        self.atoms = F.normalize(atoms - atoms.mean(-1, keepdim=True), dim=-1)
+        self.num_active = num_active
+
+    def sample(self, num_tokens: int) -> Tensor:
+        chosen = (
+            torch.rand(num_tokens, len(self.atoms), generator=self.generator).topk(self.num_active).indices
+        )
+        weights = 1 + torch.rand(num_tokens, self.num_active, generator=self.generator)
+        return torch.einsum("nk,nkd->nd", weights, self.atoms[chosen])
+
+
+def train(learner: SaeLearner, data: Dictionary, steps: int, *, tokens: int = 512, lr: float = 4e-3) -> None:
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / steps))
+        terms: SaeTerms = learner(data.sample(tokens))
+        (terms.loss / tokens).backward()
+        learner.project_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        learner.after_step()
+        learner.sync_buffers(lambda counters: counters, tokens)
+
+
+def test_training_recovers_a_sparse_dictionary() -> None:
+    """Catches training that lowers the loss without finding the directions the data are made of."""
+    data = Dictionary(width=32, num_atoms=48, num_active=3)
+    config = replace(
+        CONFIG, num_latents=96, top_k=3, aux_top_k=16, aux_weight=1 / 32, dead_after_tokens=10_000
+    )
+    learner = learner_of(config, width=32)
+    train(learner, data, steps=400)
+    metrics = reconstruction_metrics(reconstruction_sums(learner.to_sae(), data.sample(2000)))
+    assert metrics["normalized_mse"] < 0.1, metrics
+    similarity = (data.atoms @ learner.sae.decoder.T).amax(-1)
+    assert (similarity > 0.9).float().mean() > 0.9, similarity
+
+
+def test_dead_latents_come_alive_through_the_auxiliary_loss() -> None:
+    """Catches an auxiliary loss without effect: half of the latents start too low to be ever selected."""
+    data = Dictionary(width=32, num_atoms=48, num_active=3)
+    dead = {}
+    for aux_weight in (0.0, 1 / 32):
+        config = replace(
+            CONFIG, num_latents=64, top_k=3, aux_top_k=32, aux_weight=aux_weight, dead_after_tokens=2_000
+        )
+        learner = learner_of(config, width=32)
+        with torch.no_grad():
+            learner.sae.latent_bias[32:] = -2.0
+        train(learner, data, steps=200)
+        sums = reconstruction_sums(learner.to_sae(), data.sample(2000))
+        dead[aux_weight] = reconstruction_metrics(sums)["dead_fraction"]
+    assert dead[0.0] > 0.25 and dead[1 / 32] < 0.1, dead
+
+
+def test_metrics_equal_their_definitions_and_add_up() -> None:
+    """Catches a baseline that forgets the mean activation, and batches that are averaged unweighted."""
+    sae = learner_of(noise=0.1).to_sae()
+    x = residuals(60)
+    sums = reconstruction_sums(sae, x[:50].view(5, 10, WIDTH)).plus(reconstruction_sums(sae, x[50:]))
+    metrics = reconstruction_metrics(sums)
+    x_n = sae.standardize(x)[0].double()
+    values, ids = sae.encode(x)
+    error = x_n - sae.decode(values, ids)
+    expected = error.square().sum() / (x_n - x_n.mean(0)).square().sum()
+    assert metrics["normalized_mse"] == pytest.approx(float(expected), rel=1e-6)
+    assert metrics["mean_active"] == pytest.approx(float((values > 0).sum()) / 60)
+    unused = sae.num_latents - ids[values > 0].unique().numel()
+    assert metrics["dead_fraction"] == pytest.approx(unused / sae.num_latents)
+    zeros = ReconstructionSums(*(torch.zeros_like(value) for value in sums))
+    assert math.isnan(reconstruction_metrics(zeros)["normalized_mse"])
+
+
+class Block(nn.Module):
+    """The smallest teacher with a residual in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, WIDTH)
+        self.head = nn.Linear(WIDTH, 20)
+
+    def residual_after(self, input_ids: Tensor, layer: int) -> Tensor:
+        return self.embedding(input_ids) * (layer + 1)
+
+    def loss_from_residual(self, residual: Tensor, labels: Tensor, layer: int) -> Tensor:
+        return F.cross_entropy(self.head(residual).flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+def test_spliced_losses_are_those_of_the_three_streams() -> None:
+    """Catches a reconstruction spliced in standardised units, or a mean of the loss in place of the sum."""
+    torch.manual_seed(0)
+    teacher, sae = Block(), learner_of(noise=0.1).to_sae()
+    input_ids, labels = torch.randint(20, (2, 3, 7))
+    losses = splice_losses(teacher, sae, input_ids, labels, layer=2)
+    residual = teacher.embedding(input_ids) * 3
+    for found, stream in zip(losses, (residual, sae.reconstruct(residual), 0 * residual), strict=True):
+        torch.testing.assert_close(found, teacher.loss_from_residual(stream, labels, 2).detach())
+    assert loss_recovered(clean=3.0, spliced=4.0, ablated=8.0) == pytest.approx(0.8)
+    assert math.isnan(loss_recovered(clean=3.0, spliced=3.0, ablated=3.0))
+
+
+def _train_on_ranks(
+    world: World, config: SaeConfig, steps: int
+) -> tuple[dict[str, Tensor], list[int], list[float]]:
+    """Some steps of the learner on this rank's share of the tokens, sharded with FSDP2."""
+    mesh = build_mesh(ParallelConfig(), world)
+    learner = SaeLearner(WIDTH, config, device="meta")
+    apply_parallel(learner, learner.plan, mesh, ParallelConfig(), "fp32")
+    materialize(learner, world.device, lambda *tensor: init_sae_parameter(*tensor, seed=0))
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=0.02)
+    losses = []
+    for step in range(steps):
+        terms = learner(residuals(48, seed=step).chunk(world.size)[world.rank])
+        (terms.loss / 48).backward()
+        learner.project_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        learner.after_step()
+        learner.sync_buffers(lambda counters: min_over_ranks(counters, mesh), 48)
+        losses.append(float(terms.loss))
+    return gather_full_state(learner), learner.tokens_since_active.tolist(), losses
+
+
+@pytest.mark.dist
+def test_sharded_training_equals_one_rank() -> None:
+    """Catches rows normalised in pieces, an empty shard, and dead latents that differ between ranks."""
+    # 5 latents leave the last of 4 ranks without a row (chunks of 2, 2, 1, 0).
+    config = replace(CONFIG, num_latents=5, top_k=1, aux_top_k=2, dead_after_tokens=60)
+    ((state, counters, losses),) = run_ranks(_train_on_ranks, 1, config, 4)
+    sharded = run_ranks(_train_on_ranks, 4, config, 4)
+    assert all(rank[1] == counters for rank in sharded)
+    for step, loss in enumerate(losses):
+        assert sum(rank[2][step] for rank in sharded) == pytest.approx(loss, rel=1e-4)
+    for name, tensor in state.items():
+        torch.testing.assert_close(sharded[0][0][name], tensor, atol=1e-4, rtol=1e-4)
+    sae = SaeLearner(WIDTH, config).to_sae(sharded[0][0])
+    assert isinstance(sae, TopKSae)
+    torch.testing.assert_close(sae.decoder.norm(dim=-1), torch.ones(5))

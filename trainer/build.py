@@ -1,0 +1,133 @@
+"""From a configuration to the parts of a run. Everything that can be wrong is refused here, before step 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from data.loader import TokenLoader, open_manifest
+from data.manifest import Manifest
+from parallel.apply import apply_parallel, materialize
+from parallel.engine import Engine, FsdpEngine
+from parallel.mesh import Mesh, build_mesh
+from parallel.world import World
+from trainer.concepts.extractor import TargetExtractor, check_vocabulary, load_teacher
+from trainer.concepts.sae_training import SaeLearner, init_sae_parameter
+from trainer.config import RunConfig
+from trainer.flops import FlopsPerToken, SaeShape, TeacherShape, flops_per_token, sae_flops_per_token
+from trainer.model.cocomix import CoCoMix
+from trainer.model.gpt2 import GPT2
+from trainer.model.init import initial_value
+from trainer.objective import CoCoMixLoss, NextToken, Objective, SaeLoss
+from trainer.optim import build_optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of one run on one rank."""
+
+    world: World
+    mesh: Mesh
+    manifest: Manifest
+    loader: TokenLoader
+    objective: Objective
+    engine: Engine
+    flops: FlopsPerToken
+
+
+def build_parts(config: RunConfig, world: World) -> Parts:
+    """Build everything a run needs; a collective over all ranks.
+
+    Raises:
+        ValueError: parts do not fit together; the message names the key.
+        DataError: the shard folder is missing, damaged or unfit.
+        FileNotFoundError: no teacher or SAE at its path.
+    """
+    mesh = build_mesh(config.parallel, world)
+    _check_batch(config, mesh)
+    manifest = open_manifest(config.data)
+    _check_vocabulary(config, manifest)
+    model, objective, flops = _build_objective(config, world.device, manifest)
+    engine = _build_engine(config, mesh, model, world.device)
+    loader = TokenLoader(
+        config.data,
+        rows_per_step=config.train.batch_size,
+        rank=mesh.dp_rank,
+        world_size=mesh.dp_size,
+        pin_memory=world.device.type == "cuda",
+    )
+    return Parts(world, mesh, manifest, loader, objective, engine, flops)
+
+
+def _check_batch(config: RunConfig, mesh: Mesh) -> None:
+    if config.train.batch_size % mesh.dp_size:
+        raise ValueError(
+            f"train.batch_size={config.train.batch_size} must be a multiple of the "
+            f"{mesh.dp_size} data-parallel ranks"
+        )
+
+
+def _check_vocabulary(config: RunConfig, manifest: Manifest) -> None:
+    vocab_size = manifest.tokenizer.vocab_size
+    if config.model is not None and config.objective.name != "sae" and vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} must be at least {vocab_size}, "
+            f"the vocabulary of the tokens in {config.data.dir}"
+        )
+
+
+def _build_objective(
+    config: RunConfig, device: torch.device, manifest: Manifest
+) -> tuple[nn.Module, Objective, FlopsPerToken]:
+    """Model on the meta device, its objective and the FLOPs per token."""
+    if config.objective.name == "sae":
+        return _build_sae(config, device, manifest)
+    assert config.model is not None
+    seq_len = config.data.seq_len
+    if config.objective.name == "ntp":
+        with torch.device("meta"):
+            trunk = GPT2(config.model)
+        return trunk, NextToken(), flops_per_token(config.model, None, seq_len)
+    assert config.concepts is not None
+    extractor = TargetExtractor.load(config.concepts, device)
+    sizes = extractor.teacher.config
+    check_vocabulary(extractor.teacher, manifest.tokenizer.vocab_size, seq_len, config.concepts.teacher)
+    with torch.device("meta"):
+        student = CoCoMix(config.model, config.concepts)
+    flops = flops_per_token(
+        config.model,
+        config.concepts,
+        seq_len,
+        TeacherShape(sizes.d_model, sizes.n_layer, sizes.vocab_size),
+        SaeShape(extractor.sae.num_latents, extractor.sae.top_k),
+    )
+    return student, CoCoMixLoss(extractor, config.objective.concept_weight), flops
+
+
+def _build_sae(
+    config: RunConfig, device: torch.device, manifest: Manifest
+) -> tuple[nn.Module, Objective, FlopsPerToken]:
+    assert config.sae is not None
+    teacher = load_teacher(config.sae.teacher, config.sae.layer, key="sae.layer").to(device, torch.float32)
+    check_vocabulary(teacher, manifest.tokenizer.vocab_size, config.data.seq_len, config.sae.teacher)
+    sizes = teacher.config
+    flops = sae_flops_per_token(
+        config.sae, TeacherShape(sizes.d_model, sizes.n_layer, sizes.vocab_size), config.data.seq_len
+    )
+    learner = SaeLearner(sizes.d_model, config.sae, device="meta")
+    return learner, SaeLoss(teacher, config.sae.layer, config.tokens_per_step), flops
+
+
+def _build_engine(config: RunConfig, mesh: Mesh, model: nn.Module, device: torch.device) -> Engine:
+    assert isinstance(model, GPT2 | SaeLearner)
+    apply_parallel(model, model.plan, mesh, config.parallel, config.train.precision)
+    if isinstance(model, SaeLearner):
+        init = partial(init_sae_parameter, seed=config.run.seed)
+    else:
+        assert config.model is not None
+        init = partial(initial_value, seed=config.run.seed, n_layer=config.model.n_layer)
+    materialize(model, device, init)
+    return FsdpEngine(model, build_optimizer(model, config.optim), mesh, config.optim.clip_norm)

@@ -1,0 +1,94 @@
+"""Tokens -> concept targets: the frozen teacher with its sparse autoencoder, on the fly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trainer.concepts.attribution import attribution, residual_and_gradient, select_targets
+from trainer.concepts.sae import TopKSae
+from trainer.concepts.sae_formats import check_fits, load_sae
+from trainer.config import ConceptsConfig
+from trainer.model.formats import load_model
+from trainer.model.gpt2 import GPT2
+
+
+def load_teacher(path: str, layer: int, *, key: str) -> GPT2:
+    """A frozen GPT-2 that has a block after ``layer``; ``key`` is the setting named in errors.
+
+    Raises:
+        ValueError: the layer is the last block or beyond it, or the model is not a plain GPT-2.
+        FileNotFoundError: no model there.
+    """
+    teacher = load_model(path)
+    if type(teacher) is not GPT2:
+        raise ValueError(f"{key}: the teacher at {path} is a CoCoMix student, it must be a plain GPT-2")
+    if not 0 <= layer < teacher.config.n_layer - 1:
+        raise ValueError(
+            f"{key}={layer} must be from 0 to {teacher.config.n_layer - 2}: "
+            f"the teacher at {path} has {teacher.config.n_layer} blocks and one must follow the residual"
+        )
+    return teacher
+
+
+def check_vocabulary(teacher: GPT2, vocab_size: int, seq_len: int, path: str) -> None:
+    """Refuse a teacher that cannot read the data: too small a vocabulary or too few positions."""
+    if vocab_size > teacher.config.vocab_size:
+        raise ValueError(
+            f"concepts.teacher: token ids up to {vocab_size - 1} in the data are beyond the vocabulary of "
+            f"{teacher.config.vocab_size} of the teacher at {path}"
+        )
+    if seq_len > teacher.config.n_positions:
+        raise ValueError(
+            f"data.seq_len={seq_len} must be at most {teacher.config.n_positions}, "
+            f"the positions of the teacher at {path}"
+        )
+
+
+class TargetExtractor:
+    """Attribution-selected concept targets of a batch of tokens.
+
+    Args:
+        teacher: frozen GPT-2 on the device of the run.
+        sae: its TopK sparse autoencoder, same device.
+        config: layer, number of targets, ranking and masking.
+    """
+
+    def __init__(self, teacher: GPT2, sae: TopKSae, config: ConceptsConfig) -> None:
+        self.teacher = teacher
+        self.sae = sae
+        self.config = config
+
+    @classmethod
+    def load(cls, config: ConceptsConfig, device: torch.device) -> TargetExtractor:
+        """Read teacher and SAE from the paths in ``config`` and check that they fit together.
+
+        Raises:
+            ValueError: widths, dictionary size or layer do not fit; the message names the key.
+            FileNotFoundError: a path does not exist.
+        """
+        teacher = load_teacher(config.teacher, config.sae_layer, key="concepts.sae_layer")
+        sae = load_sae(config.sae, layer=config.sae_layer)
+        check_fits(sae, teacher.config.d_model, config.num_concepts)
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        # The SAE stays fp32: its K-th and (K+1)-th pre-activations are closer than bf16 can tell.
+        return cls(teacher.to(device=device, dtype=dtype), sae.to(device=device, dtype=torch.float32), config)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Targets of input_ids (B, T) int64 whose next tokens are labels (B, T).
+
+        Returns:
+            (B, T, A) int64 ids, best first, ``MASKED_TARGET`` where no active latent has a positive
+            attribution (unless ``concepts.mask_non_positive`` is off).
+        """
+        residual = residual_and_gradient(self.teacher, input_ids, labels, self.config.sae_layer)
+        values, ids = self.sae.encode(residual.x.float())
+        scores = attribution(residual.grad.float(), values, ids, self.sae.decoder)
+        return select_targets(
+            scores,
+            ids,
+            self.config.num_targets,
+            ranking=self.config.attribution,
+            mask_non_positive=self.config.mask_non_positive,
+        )

@@ -1,0 +1,172 @@
+"""TopK sparse autoencoder: residuals to a few active latents, and back (Gao et al. 2024, arXiv 2406.04093).
+
+Shapes: N tokens, D_t teacher width, M latents, K active latents per token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STANDARDIZE_EPS = 1e-5
+"""Added to the standard deviation, outside the root, as the published dictionaries were trained."""
+
+
+class TopKSae(nn.Module):
+    """Dictionary of M directions of which every token uses at most K.
+
+    With ``x_n`` the standardised residual::
+
+        a = W_enc (x_n - pre_bias) + latent_bias        (M)
+        z = ReLU(the K largest of a), 0 elsewhere
+        x_n' = sum_m z_m W_dec[m] + pre_bias
+
+    **Precision.** Weights may be fp32 or bf16. Standardising, pre-activations, selection and values are
+    fp32 whatever the residual's and the weights' dtype: pre-activations rounded to bf16 tie, and ties
+    choose other latents.
+
+    Attributes:
+        pre_bias: (D_t) origin of the latents in standardised space.
+        latent_bias: (M).
+        encoder: linear map without bias, weight (M, D_t).
+        decoder: (M, D_t), one row per latent, so that a token touches K contiguous rows.
+        top_k: K.
+        normalize: whether residuals are standardised per token; otherwise ``x_n`` is the residual.
+
+    All weights are zero until a loader or an initialisation fills them.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_latents: int,
+        top_k: int,
+        *,
+        normalize: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Make an all-zero autoencoder.
+
+        Raises:
+            ValueError: a size is below 1 (``width`` below 2), or ``top_k`` is above ``num_latents``.
+        """
+        super().__init__()
+        for name, size in (("num_latents", num_latents), ("top_k", top_k)):
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        if width < 2:
+            raise ValueError(f"width={width} must be at least 2, one number has no standard deviation")
+        if top_k > num_latents:
+            raise ValueError(f"top_k={top_k} must be at most num_latents={num_latents}")
+        self.top_k = top_k
+        self.normalize = normalize
+        self.pre_bias = nn.Parameter(torch.zeros(width, device=device))
+        self.latent_bias = nn.Parameter(torch.zeros(num_latents, device=device))
+        # A meta layer, then zeros: nn.Linear's own initialisation would draw from the global generator.
+        self.encoder = nn.Linear(width, num_latents, bias=False, device="meta")
+        self.encoder.weight = nn.Parameter(torch.zeros(num_latents, width, device=device))
+        self.decoder = nn.Parameter(torch.zeros(num_latents, width, device=device))
+
+    @property
+    def width(self) -> int:
+        """D_t."""
+        return self.decoder.shape[1]
+
+    @property
+    def num_latents(self) -> int:
+        """M."""
+        return self.decoder.shape[0]
+
+    def extra_repr(self) -> str:
+        """Sizes for ``repr``."""
+        sizes = f"width={self.width}, num_latents={self.num_latents}, top_k={self.top_k}"
+        return f"{sizes}, normalize={self.normalize}"
+
+    def standardize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Subtract the token's mean and divide by its unbiased standard deviation + 1e-5.
+
+        Args:
+            x: (..., D_t) residuals of any floating dtype.
+
+        Returns:
+            ``x_n`` (..., D_t), mean (..., 1) and standard deviation (..., 1) without the epsilon; all fp32.
+            With ``normalize=False`` the residual itself, zeros and ones.
+        """
+        x = x.float()
+        if not self.normalize:
+            return x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
+        mean = x.mean(dim=-1, keepdim=True)
+        centered = x - mean
+        std = torch.linalg.vector_norm(centered, dim=-1, keepdim=True) / (self.width - 1) ** 0.5
+        return centered / (std + STANDARDIZE_EPS), mean, std
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, chunk_rows: int = 1024) -> tuple[Tensor, Tensor]:
+        """Active latents of each token, largest first; no gradient.
+
+        Args:
+            x: (..., D_t) residuals of any floating dtype.
+            chunk_rows: tokens whose M pre-activations exist at one time (4 * M bytes each).
+
+        Returns:
+            Values (..., K) fp32 after the ReLU (so some may be 0) and ids (..., K) int64.
+        """
+        x_n = self.standardize(x)[0].reshape(-1, self.width)
+        weights = (self.encoder.weight, self.latent_bias)
+        rows = torch.split(x_n - self.pre_bias.float(), chunk_rows)
+        selected = [preactivations(chunk, *weights).topk(self.top_k, dim=-1) for chunk in rows]
+        shape = (*x.shape[:-1], self.top_k)
+        values = torch.cat([chunk.values for chunk in selected]).relu_()
+        return values.view(shape), torch.cat([chunk.indices for chunk in selected]).view(shape)
+
+    def decode(self, values: Tensor, ids: Tensor) -> Tensor:
+        """Standardised residual of sparse latents: ``sum_k values_k * decoder[ids_k] + pre_bias``.
+
+        Args:
+            values: (..., K) latents; any K.
+            ids: (..., K) int64 rows of the decoder.
+
+        Returns:
+            (..., D_t) fp32. Differentiable in ``values`` and in the weights.
+        """
+        combined = sum_of_rows(values.flatten(0, -2), ids.flatten(0, -2), self.decoder)
+        return combined.view(*ids.shape[:-1], self.width) + self.pre_bias.float()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, chunk_rows: int = 1024) -> Tensor:
+        """Residuals (..., D_t) as the K active latents describe them, in the residual's units and dtype."""
+        _, mean, std = self.standardize(x)
+        return (self.decode(*self.encode(x, chunk_rows)) * std + mean).to(x.dtype)
+
+
+def preactivations(centered: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``centered @ weight.T + bias`` (N, M) in fp32 for fp32 or lower-precision weights.
+
+    Args:
+        centered: (N, D_t) fp32, standardised residual minus ``pre_bias``.
+        weight: (M, D_t) of any floating dtype.
+        bias: (M) of any floating dtype.
+    """
+    if weight.dtype != torch.float32 and weight.device.type == "cuda":
+        # The tensor cores accumulate in fp32; only a rounded output would lose the order of the latents.
+        product = torch.mm(centered.to(weight.dtype), weight.t(), out_dtype=torch.float32)
+        return product.add_(bias.float())
+    return torch.addmm(bias.float(), centered, weight.float().t())
+
+
+def sum_of_rows(values: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    """``sum_k values[n, k] * table[ids[n, k]]`` without an (N, K, D) intermediate.
+
+    Args:
+        values: (N, K) coefficients.
+        ids: (N, K) int64 rows of ``table``.
+        table: (M, D).
+
+    Returns:
+        (N, D) fp32, differentiable in ``values`` and ``table``.
+    """
+    if table.requires_grad and torch.is_grad_enabled():
+        # A popular row's gradient has thousands of summands: collect them in fp32, whatever the weights are.
+        table = table.float()
+    return F.embedding_bag(ids, table, per_sample_weights=values.to(table.dtype), mode="sum").float()

@@ -1,0 +1,106 @@
+"""``python -m trainer.concepts.train_sae --config configs/demo_sae.yaml``: a TopK SAE for a teacher.
+
+Trains with the one training loop, publishes ``RUN/model/sae.pt`` and measures it on the validation
+windows: ``RUN/model/report.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from data.cli import run_cli
+from data.files import replace_text
+from data.loader import validation_batches
+from trainer.checkpoint.store import CheckpointError
+from trainer.concepts.extractor import load_teacher
+from trainer.concepts.sae_formats import load_sae
+from trainer.concepts.sae_training import (
+    ReconstructionSums,
+    loss_recovered,
+    reconstruction_metrics,
+    reconstruction_sums,
+    splice_losses,
+)
+from trainer.config import RunConfig
+from trainer.config_io import ConfigError, load_config
+from trainer.main import run
+from trainer.publish import published_path
+
+REPORT_NAME = "report.json"
+
+
+@torch.no_grad()
+def measure(config: RunConfig, path: Path, device: torch.device) -> dict[str, float]:
+    """Quality of a published SAE over the validation windows.
+
+    Returns:
+        ``normalized_mse`` (against always predicting the mean), ``dead_fraction`` (latents that no
+        validation token used), ``mean_active``, the teacher's loss in nats per token clean, with the
+        reconstruction spliced in and with zeros in its place, and ``loss_recovered``.
+    """
+    assert config.sae is not None
+    layer = config.sae.layer
+    teacher = load_teacher(config.sae.teacher, layer, key="sae.layer").to(device, torch.float32)
+    sae = load_sae(path).to(device)
+    totals: ReconstructionSums | None = None
+    losses = torch.zeros(3, dtype=torch.float64, device=device)
+    for tokens, num_rows in validation_batches(
+        config.data, share=config.validation.share, rows=config.train.microbatch_size, rank=0, world_size=1
+    ):
+        rows = tokens[:num_rows].to(device).long()
+        sums = reconstruction_sums(sae, teacher.residual_after(rows[:, :-1], layer))
+        totals = sums if totals is None else totals.plus(sums)
+        losses += torch.stack(splice_losses(teacher, sae, rows[:, :-1], rows[:, 1:], layer)).double()
+    assert totals is not None, "there is at least one validation window"
+    clean, spliced, ablated = (losses / totals.tokens).tolist()
+    return {
+        **reconstruction_metrics(totals),
+        "loss_clean": clean,
+        "loss_spliced": spliced,
+        "loss_ablated": ablated,
+        "loss_recovered": loss_recovered(clean, spliced, ablated),
+    }
+
+
+def train_and_measure(config: RunConfig, source: Path) -> int:
+    """Train, publish and measure; returns the exit code."""
+    if config.objective.name != "sae":
+        raise ConfigError(f"{source}: objective.name={config.objective.name} must be sae")
+    code = run(config)
+    if code != 0 or os.environ.get("RANK", "0") != "0":
+        return code
+    path = published_path(config)
+    cuda = config.run.device != "cpu" and torch.cuda.is_available()
+    report = measure(config, path, torch.device("cuda" if cuda else "cpu"))
+    replace_text(path.with_name(REPORT_NAME), json.dumps(report, indent=2) + "\n")
+    for name, value in report.items():
+        print(f"{name:<16} {value:.4f}")
+    print(f"sparse autoencoder: {path}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.concepts.train_sae",
+        description="Train a TopK sparse autoencoder on a teacher's residuals",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/demo_sae.yaml")
+    return run_cli(
+        lambda args: train_and_measure(load_config(RunConfig, args.config, args.overrides), args.config),
+        parser,
+        argv,
+        errors=(CheckpointError,),
+        overrides=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

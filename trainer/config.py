@@ -1,0 +1,285 @@
+"""The configuration of one run: a frozen dataclass per section (torch-free).
+
+Every check that needs one section alone stands in its ``__post_init__``; checks across
+sections stand in :meth:`RunConfig.__post_init__`. A check raises ``ValueError`` whose text
+starts with the field's name; ``trainer.config_io`` puts file and section before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data.config import DataConfig
+from parallel.config import ParallelConfig
+
+
+def _at_least(section: object, bound: float, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value < bound:
+            raise ValueError(f"{name}={value} must be at least {bound}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSection:
+    """The ``run:`` section: where a run lives and what it is seeded with."""
+
+    dir: str
+    """Run directory; created when missing, resumed when it holds the same configuration."""
+
+    seed: int = 1
+    """Seed of the weights. The data order has its own, ``data.seed``."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes CUDA where it is present."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The ``model:`` section: the GPT-2 trunk of the student."""
+
+    d_model: int
+    """Width D."""
+    n_layer: int
+    """Number of blocks L."""
+    n_head: int
+    """Attention heads H; must divide ``d_model``."""
+    vocab_size: int
+    """Vocabulary V; at least the tokenizer's."""
+    n_positions: int
+    """Learned positions; at least ``data.seq_len``."""
+    layer_norm_eps: float = 1e-5
+    """Epsilon of the LayerNorms."""
+    tied_head: bool = True
+    """LM head shares the token embedding's weight."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "d_model", "n_layer", "n_head", "vocab_size", "n_positions")
+        if self.d_model % self.n_head:
+            raise ValueError(f"d_model={self.d_model} must be a multiple of n_head={self.n_head}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConceptsConfig:
+    """The ``concepts:`` section: the teacher's targets and the student's concept path."""
+
+    teacher: str
+    """GPT-2 in Hugging Face layout: a folder, a weights file beside its config.json, or ``RUN/model``."""
+    sae: str
+    """Sparse autoencoder: published .pt file, SAELens folder or sparsify folder."""
+    sae_layer: int
+    """Teacher block l after which the residual is read (0-based)."""
+    insert_layer: int
+    """Student block i before which concepts are interleaved (0-based)."""
+    num_concepts: int
+    """Dictionary size M; must equal the SAE's."""
+    top_k: int
+    """Concept logits K that the student keeps per token."""
+    num_targets: int = 4
+    """Targets A per token."""
+    attribution: Literal["signed", "abs", "negative"] = "signed"
+    """Rank latents by g.W_dec*z as it is (the authors' choice), by its absolute value, or by its negative."""
+    mask_non_positive: bool = True
+    """Leave targets whose score is not positive out of the loss; ``false`` keeps them, as the authors do."""
+    source: Literal["teacher"] = "teacher"
+    """Where targets come from: ``teacher`` computes them on the fly."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the frozen teacher; the SAE's latents are selected from its residual."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "num_concepts", "top_k", "num_targets")
+        _at_least(self, 0, "sae_layer", "insert_layer")
+        if self.top_k > self.num_concepts:
+            raise ValueError(f"top_k={self.top_k} must be at most num_concepts={self.num_concepts}")
+        if self.num_targets > self.num_concepts:
+            raise ValueError(
+                f"num_targets={self.num_targets} must be at most num_concepts={self.num_concepts}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaeConfig:
+    """The ``sae:`` section: a TopK sparse autoencoder trained on a teacher's residuals (Gao et al. 2024)."""
+
+    teacher: str
+    """As ``concepts.teacher``."""
+    layer: int
+    """Teacher block l after which the residual is read (0-based)."""
+    num_latents: int
+    """Dictionary size M."""
+    top_k: int
+    """Active latents K per token."""
+    aux_top_k: int = 64
+    """Dead latents that reconstruct the residual error in the auxiliary loss."""
+    aux_weight: float = 1 / 32
+    """Weight of the auxiliary loss."""
+    dead_after_tokens: int = 10_000_000
+    """A latent that was silent for so many tokens counts as dead."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "layer", "aux_top_k", "aux_weight")
+        _at_least(self, 1, "num_latents", "top_k", "dead_after_tokens")
+        if self.top_k > self.num_latents:
+            raise ValueError(f"top_k={self.top_k} must be at most num_latents={self.num_latents}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveConfig:
+    """The ``objective:`` section: what is minimised."""
+
+    name: Literal["ntp", "cocomix", "sae"]
+    """``ntp``: next-token prediction; ``cocomix``: concepts added and mixed in; ``sae``: an autoencoder."""
+    concept_weight: float = 0.1
+    """Lambda of the concept loss."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "concept_weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """The ``optim:`` section: AdamW and its learning rate."""
+
+    lr: float
+    """Peak learning rate."""
+    min_lr: float
+    """Learning rate at the last step."""
+    warmup_steps: int
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """``cosine`` falls to ``min_lr`` over the run; ``wsd`` stays at ``lr``, then falls linearly."""
+    decay_share: float = 0.2
+    """Share of the steps that ``wsd`` spends falling."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment coefficients."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    decay_all: bool = False
+    """Decay every parameter as the authors do; by default matrices only."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "lr", "min_lr", "warmup_steps", "weight_decay", "clip_norm")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"decay_share={self.decay_share} must be above 0 and at most 1")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} must be at most lr={self.lr}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """The ``train:`` section: how long, how wide and how precise."""
+
+    steps: int
+    """Optimizer steps."""
+    batch_size: int
+    """Sequences per optimizer step over all ranks."""
+    microbatch_size: int
+    """Sequences per forward and backward on one rank; the rest is gradient accumulation."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute precision; master weights, gradients' reduction and optimizer stay fp32."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "batch_size", "microbatch_size")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationConfig:
+    """The ``validation:`` section."""
+
+    every_steps: int
+    """Steps between validations; 0 validates after the last step only."""
+    share: float = 1.0
+    """Share of the validation windows that is read, from the first one on."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "every_steps")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share} must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """The ``checkpoint:`` section."""
+
+    every_steps: int
+    """Steps between checkpoints; 0 saves at the end and on a signal only."""
+    every_minutes: float = 0.0
+    """Minutes between checkpoints; 0 is off."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this step are kept for ever; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "every_steps", "every_minutes", "keep_every_steps")
+        _at_least(self, 1, "keep_last")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """The ``log:`` section."""
+
+    every: int = 10
+    """Steps between lines of metrics.jsonl, TensorBoard points and log lines."""
+    tensorboard: bool = True
+    """Write ``tb/`` in the run directory."""
+    samples_every_steps: int = 0
+    """Steps between text samples; 0 samples at the end only."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts that are continued for the text samples."""
+    sample_tokens: int = 48
+    """New tokens per text sample."""
+    peak_tflops: float = 0.0
+    """Peak of one rank's device for MFU; 0 looks the GPU up and measures a matmul on CPU."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "every", "sample_tokens")
+        _at_least(self, 0, "samples_every_steps", "peak_tflops")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything that a run is made from; written to ``config.yaml`` in its directory."""
+
+    run: RunSection
+    data: DataConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    train: TrainConfig
+    validation: ValidationConfig
+    checkpoint: CheckpointConfig
+    model: ModelConfig | None = None
+    concepts: ConceptsConfig | None = None
+    sae: SaeConfig | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        needed = {"ntp": ("model",), "cocomix": ("model", "concepts"), "sae": ("sae",)}
+        for section in needed[self.objective.name]:
+            if getattr(self, section) is None:
+                raise ValueError(
+                    f"{section}: section is missing, objective.name={self.objective.name} needs it"
+                )
+        if self.model is not None and self.data.seq_len > self.model.n_positions:
+            raise ValueError(
+                f"data.seq_len={self.data.seq_len} must be at most model.n_positions={self.model.n_positions}"
+            )
+        if self.objective.name == "cocomix":
+            assert self.model is not None
+            assert self.concepts is not None
+            if self.concepts.insert_layer >= self.model.n_layer:
+                raise ValueError(
+                    f"concepts.insert_layer={self.concepts.insert_layer} must be below "
+                    f"model.n_layer={self.model.n_layer}"
+                )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.train.batch_size * self.data.seq_len

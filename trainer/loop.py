@@ -1,0 +1,270 @@
+"""The training loop: steps, records, validations, checkpoints, until the end or a request to stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from data.loader import validation_batches
+from data.tokenizer import Tokenizer, load_tokenizer
+from parallel.collectives import Agreement, max_over_ranks, sum_over_ranks
+from trainer.analysis.generate import continue_tokens
+from trainer.build import Parts
+from trainer.checkpoint.io import Checkpointer, SavedRun, SaveResult
+from trainer.checkpoint.policy import CheckpointPolicy
+from trainer.checkpoint.state import RunState, capture_rng, code_version, restore_rng
+from trainer.config import RunConfig
+from trainer.config_io import dump_config, to_dict
+from trainer.heartbeat import Heartbeat
+from trainer.metrics.logger import MetricsLogger
+from trainer.metrics.sums import ConceptUsage, StepMetrics
+from trainer.optim import learning_rate
+from trainer.step import train_step, validate
+from trainer.stop import StopRequest
+
+logger = logging.getLogger(__name__)
+
+Outcome = Literal["finished", "stopped"]
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    validated_step: int = -1
+    """Step of the newest validation."""
+    saved_step: int = 0
+    """Step of the newest save that was started."""
+
+
+class Loop:
+    """One run on one rank, from the newest checkpoint to the last step.
+
+    Args:
+        config: the resolved configuration.
+        parts: from :func:`trainer.build.build_parts`.
+        checkpointer: store of this run.
+        metrics_logger: records of this run.
+        policy: when to save by the clock, and when to leave.
+        heartbeat: signs of life of this rank.
+        stop: signals of this process.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: Parts,
+        checkpointer: Checkpointer,
+        metrics_logger: MetricsLogger,
+        policy: CheckpointPolicy,
+        heartbeat: Heartbeat,
+        stop: StopRequest,
+    ) -> None:
+        self.config = config
+        self.parts = parts
+        self.checkpointer = checkpointer
+        self.log = metrics_logger
+        self.policy = policy
+        self.heartbeat = heartbeat
+        self.stop = stop
+        self.progress = Progress()
+        self.agreement = Agreement(parts.world)
+        device = parts.world.device
+        self.metrics = StepMetrics(parts.objective.means, device)
+        concepts = config.concepts if config.objective.name == "cocomix" else None
+        self.usage = None if concepts is None else ConceptUsage(concepts.num_concepts, device)
+        self.last_validation: dict[str, float] = {}
+
+    def run(self) -> Outcome:
+        """Train until ``train.steps`` or until all ranks agreed to stop; saves before it returns."""
+        self.log.start()
+        while self.progress.step < self.config.train.steps:
+            self.one_step()
+            self.report_saves(self.checkpointer.poll())
+            if self.validation_due():
+                self.run_validation()
+            if self.samples_due():
+                self.write_samples()
+            flags = self.agreement.exchange(*self.wishes())
+            if flags.stop:
+                return self.leave()
+            if flags.save or self.policy.due_by_step(self.progress.step):
+                self.save(wait=False)
+        return self.finish()
+
+    def one_step(self) -> None:
+        """One optimizer step; hands its record over without waiting for the device."""
+        config, parts, step = self.config, self.parts, self.progress.step
+        started = time.perf_counter()
+        batch = next(parts.loader)
+        data_wait_s = time.perf_counter() - started
+        lr = learning_rate(step, config.train.steps, config.optim)
+        self.progress.step = step = step + 1
+        self.heartbeat.beat(step, "step")
+        logged = self.log.due(step) or self.validation_due()
+        grad_norm = train_step(
+            parts.engine,
+            parts.objective,
+            parts.mesh,
+            batch.to(parts.world.device, non_blocking=True),
+            microbatch_size=config.train.microbatch_size,
+            tokens_per_step=config.tokens_per_step,
+            lr=lr,
+            metrics=self.metrics,
+            usage=self.usage,
+            detail=logged,
+        )
+        if logged:
+            values = {**self.reduced_metrics(), "grad_norm": grad_norm}
+            host = {"lr": lr, "data_wait_s": data_wait_s}
+            self.log.submit(step, step * config.tokens_per_step, values, host)
+
+    def reduced_metrics(self) -> dict[str, Tensor]:
+        """The step's metrics over all ranks, still on the device."""
+        mesh = self.parts.mesh
+        values = self.metrics.reduce(partial(sum_over_ranks, mesh=mesh))
+        if self.usage is not None:
+            values |= self.usage.reduce(partial(max_over_ranks, mesh=mesh))
+        return values
+
+    # When
+
+    def validation_due(self) -> bool:
+        """Whether the weights after this step are to be validated."""
+        every, step = self.config.validation.every_steps, self.progress.step
+        return step == self.config.train.steps or (every > 0 and step % every == 0)
+
+    def samples_due(self) -> bool:
+        """Whether text is to be sampled after this step; only students of text have any."""
+        every, step = self.config.log.samples_every_steps, self.progress.step
+        due = step == self.config.train.steps or (every > 0 and step % every == 0)
+        return due and self.config.objective.name != "sae" and bool(self.config.log.sample_prompts)
+
+    def wishes(self) -> tuple[bool, bool]:
+        """What this rank wants: (stop, save). Clocks differ, so rank 0 alone decides by time."""
+        now = time.time()
+        is_main = self.parts.world.is_main
+        stop = self.stop.requested or (is_main and self.policy.must_stop(now))
+        save = is_main and self.policy.due_by_time(now)
+        return stop, save
+
+    # What
+
+    def run_validation(self) -> None:
+        """Means over the validation windows, on the record of this step."""
+        config, parts = self.config, self.parts
+        with self.log.paused(), self.heartbeat.phase("validation"):
+            batches = validation_batches(
+                config.data,
+                share=config.validation.share,
+                rows=config.train.microbatch_size,
+                rank=parts.mesh.dp_rank,
+                world_size=parts.mesh.dp_size,
+            )
+            values = validate(parts.engine, parts.objective, parts.mesh, batches, parts.world.device)
+        self.log.validation(self.progress.step, values)
+        self.progress.validated_step = self.progress.step
+        self.last_validation = values
+
+    def write_samples(self) -> None:
+        """Continue the configured prompts and show them."""
+        config, parts = self.config, self.parts
+        assert config.model is not None
+        tokenizer = load_tokenizer(config.data.dir)
+        prompts = config.log.sample_prompts
+        with self.log.paused(), self.heartbeat.phase("samples"):
+            continued = continue_tokens(
+                parts.engine.model,
+                [_prompt_ids(tokenizer, prompt) for prompt in prompts],
+                new_tokens=config.log.sample_tokens,
+                max_context=config.model.n_positions,
+                device=parts.world.device,
+                seed=config.run.seed,
+            )
+        texts = [tokenizer.decode(ids[-config.log.sample_tokens :]) for ids in continued]
+        self.log.samples(self.progress.step, dict(zip(prompts, texts, strict=True)))
+
+    def save(self, *, wait: bool) -> None:
+        """Start a checkpoint of the weights after this step; with ``wait`` it is written on return."""
+        step, parts = self.progress.step, self.parts
+        if self.progress.saved_step == step:
+            return
+        with self.log.paused(), self.heartbeat.phase("checkpoint"):
+            state = RunState(
+                step=step,
+                tokens=step * self.config.tokens_per_step,
+                data=parts.loader.state_dict(),
+                more={"metrics": self.log.state_dict()},
+            )
+            self.policy.started(time.time())
+            self.checkpointer.save(
+                step,
+                parts.engine.state_dict(),
+                state.to_json(),
+                config_text=dump_config(self.config),
+                rank_extra=capture_rng(),
+                info={"code": code_version()},
+                loss=self.last_validation.get("loss_ntp") if self.progress.validated_step == step else None,
+                wait=wait,
+            )
+        self.progress.saved_step = step
+        if wait:
+            self.report_saves(self.checkpointer.close())
+
+    def report_saves(self, results: list[SaveResult]) -> None:
+        """Note how saves ended; one that failed is loud, and the run goes on."""
+        for result in results:
+            self.policy.finished(result.seconds)
+            if result.error is not None:
+                logger.error("checkpoint of step %d was NOT written: %s", result.step, result.error)
+                self.log.event("fault", step=result.step, what="checkpoint", error=str(result.error))
+            else:
+                self.log.event("save", step=result.step, seconds=result.seconds, stall_s=result.stall_s)
+
+    def resume(self, saved: SavedRun) -> None:
+        """Continue from a verified checkpoint, whatever ranks and layout wrote it.
+
+        Raises:
+            CheckpointError: its tensors do not fit the model.
+            DataError: it was written with other data or another order.
+        """
+        tensors = self.parts.engine.state_dict()
+        self.checkpointer.load(saved, tensors)
+        self.parts.engine.load_state_dict(tensors)
+        state = RunState.from_json(saved.extra)
+        self.parts.loader.load_state_dict(state.data)
+        if saved.rank_extra is not None:
+            restore_rng(saved.rank_extra)
+        self.log.load_state_dict(state.more["metrics"])
+        self.progress = Progress(step=state.step, saved_step=state.step)
+        self.log.event("resume", step=state.step, world_size=self.parts.world.size)
+
+    def leave(self) -> Outcome:
+        """Save and end before the last step, because a signal or the clock said so."""
+        self.save(wait=True)
+        reason = self.stop.signal_name or "another rank or the job's end time"
+        self.log.event("preempt", step=self.progress.step, reason=reason)
+        logger.info("stopped after step %d (%s); the same command goes on", self.progress.step, reason)
+        return "stopped"
+
+    def finish(self) -> Outcome:
+        """The last checkpoint and the run's summary."""
+        self.save(wait=True)
+        final = {f"val_{name}": value for name, value in self.last_validation.items()}
+        self.log.hparams(to_dict(self.config), final)
+        self.log.event("finish", step=self.progress.step, **final)
+        logger.info("finished after step %d: %s", self.progress.step, json.dumps(final))
+        return "finished"
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt; an empty one starts a document."""
+    return list(tokenizer.encode(prompt)) or [tokenizer.eot_id]

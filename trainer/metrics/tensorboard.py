@@ -1,0 +1,96 @@
+"""A run's curves, texts and hyper-parameters in TensorBoard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+_AXES = ("step", "tokens", "seconds", "flops")
+_TAGS = MappingProxyType(
+    {
+        "lr": "optim/lr",
+        "grad_norm": "optim/grad_norm",
+        "tokens_per_s": "throughput/tokens_per_s",
+        "mfu": "throughput/mfu",
+        "data_wait_s": "throughput/data_wait_s",
+    }
+)
+_GROUPS = (
+    ("loss_", "loss/"),
+    ("concept_", "concepts/"),
+    ("sae_", "sae/"),
+    ("memory_", "memory/"),
+    ("val_", "validation/"),
+)
+
+
+def _tag(key: str) -> str:
+    """TensorBoard tag of a record's key."""
+    for prefix, group in _GROUPS:
+        if key.startswith(prefix):
+            return group + key.removeprefix(prefix)
+    return _TAGS.get(key, f"other/{key}")
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # a float overflows above exp(709)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested sections as dotted keys, with values that TensorBoard's hparams accept."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
+
+
+class TensorBoard:
+    """The curves, texts and hyper-parameters of a run, in one event file per process.
+
+    Args:
+        log_dir: ``tb/`` of the run directory.
+        purge_step: From this step on, points that a process which died has written are hidden.
+    """
+
+    def __init__(self, log_dir: Path, purge_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+        self._writer = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add a point per numeric key, and perplexities beside the next-token losses."""
+        for key, value in values.items():
+            if key not in _AXES and isinstance(value, int | float):
+                self._writer.add_scalar(_tag(key), value, step)
+        for key, tag in (("loss_ntp", "perplexity"), ("val_loss_ntp", "validation/perplexity")):
+            if isinstance(values.get(key), float):
+                self._writer.add_scalar(tag, _perplexity(values[key]), step)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Add a text as it stands; indented, because TensorBoard renders Markdown."""
+        self._writer.add_text(tag, "".join(f"    {line}\n" for line in text.splitlines()), step)
+
+    def hparams(self, config: Mapping[str, Any], values: Mapping[str, float], step: int) -> None:
+        """Add hyper-parameters and final values; ``add_hparams`` would open a second event file."""
+        from torch.utils.tensorboard.summary import hparams
+
+        metrics = {f"hparam/{name}": value for name, value in values.items()}
+        file_writer: Any = self._writer.file_writer
+        for summary in hparams(_flat(config), metrics):
+            file_writer.add_summary(summary)
+        for tag, value in metrics.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def flush(self) -> None:
+        """Write buffered events."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write buffered events and close the file."""
+        self._writer.close()

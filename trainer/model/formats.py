@@ -1,0 +1,267 @@
+"""Weights in and out: Hugging Face's GPT-2 layout, and the authors' CoCoMix layout on top of it.
+
+Both store linear weights of the blocks as (in, out); here they are (out, in). The authors' compress
+weight is (D, M); here it is (M, D). A model folder holds ``model.safetensors`` and ``config.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.files import replace_file, replace_text
+from trainer.config import ConceptsConfig, ModelConfig
+from trainer.model.cocomix import CoCoMix
+from trainer.model.gpt2 import GPT2
+
+_BLOCK = {
+    "ln_1.weight": "ln_1.weight",
+    "ln_1.bias": "ln_1.bias",
+    "attn.qkv.weight": "attn.c_attn.weight",
+    "attn.qkv.bias": "attn.c_attn.bias",
+    "attn.proj.weight": "attn.c_proj.weight",
+    "attn.proj.bias": "attn.c_proj.bias",
+    "ln_2.weight": "ln_2.weight",
+    "ln_2.bias": "ln_2.bias",
+    "mlp.fc.weight": "mlp.c_fc.weight",
+    "mlp.fc.bias": "mlp.c_fc.bias",
+    "mlp.proj.weight": "mlp.c_proj.weight",
+    "mlp.proj.bias": "mlp.c_proj.bias",
+}
+_TOP = {
+    "wte.weight": "transformer.wte.weight",
+    "wpe.weight": "transformer.wpe.weight",
+    "ln_f.weight": "transformer.ln_f.weight",
+    "ln_f.bias": "transformer.ln_f.bias",
+    "lm_head.weight": "lm_head.weight",
+    "mixer.pre_bias": "transformer.pre_bias",
+    "mixer.predict.weight": "transformer.concept_predictor.weight",
+    "mixer.predict.bias": "transformer.concept_predictor.bias",
+    "mixer.compress_weight": "transformer.compress_layer.weight",
+    "mixer.compress_bias": "transformer.compress_layer.bias",
+}
+_TRANSPOSED = re.compile(r"(attn\.(qkv|proj)|mlp\.(fc|proj))\.weight$|^mixer\.compress_weight$")
+_MASK_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")
+_CONCEPT_KEYS = ("num_concepts", "top_k", "insert_layer")
+
+
+def hf_name(name: str) -> str:
+    """The published name of a parameter: ``blocks.3.mlp.fc.bias`` is ``transformer.h.3.mlp.c_fc.bias``."""
+    if name.startswith("blocks."):
+        _, index, rest = name.split(".", 2)
+        return f"transformer.h.{index}.{_BLOCK[rest]}"
+    return _TOP[name]
+
+
+def to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A full state dict of :class:`GPT2` or :class:`CoCoMix` in the published layout."""
+    return {
+        hf_name(name): (tensor.t() if _TRANSPOSED.search(name) else tensor).contiguous()
+        for name, tensor in state.items()
+    }
+
+
+def from_hf(tensors: Mapping[str, Tensor], names: Iterable[str], source: str) -> dict[str, Tensor]:
+    """Published tensors under this project's names.
+
+    Args:
+        tensors: by published name, with or without ``transformer.``; attention mask buffers and a
+            copy of the tied head are ignored.
+        names: the parameters that the model has.
+        source: file named in errors.
+
+    Raises:
+        ValueError: a parameter is missing, or a tensor is left over.
+    """
+    left = {
+        name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
+        for name, tensor in tensors.items()
+        if not _MASK_BUFFERS.search(name)
+    }
+    state = {}
+    for name in names:
+        published = hf_name(name)
+        if published not in left:
+            raise ValueError(f"{source}: tensor {published} is missing")
+        tensor = left.pop(published)
+        state[name] = tensor.t().contiguous() if _TRANSPOSED.search(name) else tensor
+    left.pop("lm_head.weight", None)
+    if left:
+        raise ValueError(f"{source}: {len(left)} tensors are of no use here, the first is {min(left)}")
+    return state
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of one .safetensors, .bin, .pt or .pth file; pickles are read with ``weights_only=True``.
+
+    Raises:
+        ValueError: not such a file, or broken.
+        FileNotFoundError: no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(2, "weights file not found", str(path))
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(str(path), framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        if path.suffix in (".bin", ".pt", ".pth"):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a readable weights file: {reason}") from error
+    raise ValueError(f"{path}: weights must be .safetensors, .bin, .pt or .pth, not '{path.suffix}'")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A weights file (or several shards) and its config.json."""
+
+    weights: tuple[Path, ...]
+    config: dict[str, Any]
+    config_path: Path
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of all files."""
+        return {name: tensor for path in self.weights for name, tensor in read_tensors(path).items()}
+
+
+def _find_weights(folder: Path) -> tuple[Path, ...]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return (folder / name,)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return tuple(folder / Path(shard).name for shard in shards)
+    raise FileNotFoundError(2, "no model.safetensors or pytorch_model.bin in the folder", str(folder))
+
+
+def open_model(path: str | Path) -> ModelFolder:
+    """Locate a model: a folder, a run directory that holds ``model/``, or a file beside its config.json.
+
+    Raises:
+        FileNotFoundError: nothing there, or no config.json beside the weights.
+        ValueError: config.json is not valid JSON.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "model" / "config.json").is_file():
+        path = path / "model"
+    if not path.exists():
+        raise FileNotFoundError(2, "model not found", str(path))
+    weights = _find_weights(path) if path.is_dir() else (path,)
+    config_path = (path if path.is_dir() else path.parent) / "config.json"
+    if not config_path.is_file():
+        raise FileNotFoundError(2, "config.json is missing beside the weights", str(config_path))
+    try:
+        config = json.loads(config_path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{config_path}: not valid JSON: {error}") from error
+    return ModelFolder(weights, config, config_path)
+
+
+def model_config(folder: ModelFolder) -> ModelConfig:
+    """The sizes in a Hugging Face GPT-2 config.json.
+
+    Raises:
+        ValueError: a size is missing, or the model is not a GPT-2 as computed here.
+    """
+    config, path = folder.config, folder.config_path
+    if config.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise ValueError(f"{path}: activation_function={config['activation_function']} must be gelu_new")
+    sizes = {}
+    for ours, theirs in (
+        ("d_model", "n_embd"),
+        ("n_layer", "n_layer"),
+        ("n_head", "n_head"),
+        ("vocab_size", "vocab_size"),
+        ("n_positions", "n_positions"),
+    ):
+        if not isinstance(config.get(theirs), int):
+            raise ValueError(f"{path}: {theirs} is missing or not an integer")
+        sizes[ours] = config[theirs]
+    try:
+        return ModelConfig(
+            **sizes,
+            layer_norm_eps=config.get("layer_norm_epsilon", 1e-5),
+            tied_head=config.get("tie_word_embeddings", True),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_weights(model: GPT2, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Put published tensors into an unsharded model, in place; raises ``ValueError`` on a wrong shape."""
+    state = from_hf(tensors, [name for name, _ in model.named_parameters()], source)
+    for name, parameter in model.named_parameters():
+        if state[name].shape != parameter.shape:
+            raise ValueError(
+                f"{source}: tensor {hf_name(name)} has shape {tuple(state[name].shape)}, "
+                f"config.json asks for {tuple(parameter.shape)}"
+            )
+    model.load_state_dict(state, assign=True)
+
+
+def load_model(path: str | Path) -> GPT2:
+    """A GPT-2, or a CoCoMix where config.json has a ``cocomix`` part, on the CPU in its stored dtype."""
+    folder = open_model(path)
+    config = model_config(folder)
+    concepts = folder.config.get("cocomix")
+    with torch.device("meta"):
+        model = GPT2(config) if concepts is None else CoCoMix(config, _concepts(concepts, folder.config_path))
+    load_weights(model, folder.tensors(), str(folder.weights[0]))
+    return model.requires_grad_(False).eval()
+
+
+def _concepts(stored: Mapping[str, Any], path: Path) -> ConceptsConfig:
+    for key in _CONCEPT_KEYS:
+        if not isinstance(stored.get(key), int):
+            raise ValueError(f"{path}: cocomix.{key} is missing or not an integer")
+    # Teacher and SAE made the targets; a trained student does not need them.
+    return ConceptsConfig(teacher="", sae="", sae_layer=0, **{key: stored[key] for key in _CONCEPT_KEYS})
+
+
+def published_config(config: ModelConfig, concepts: ConceptsConfig | None) -> dict[str, Any]:
+    """config.json of a model folder: Hugging Face's GPT-2 keys, and ``cocomix`` where there are concepts."""
+    out: dict[str, Any] = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu_new",
+        "n_embd": config.d_model,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_positions": config.n_positions,
+        "vocab_size": config.vocab_size,
+        "layer_norm_epsilon": config.layer_norm_eps,
+        "tie_word_embeddings": config.tied_head,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }
+    if concepts is not None:
+        out["model_type"] = "cocomix_gpt2"
+        out["architectures"] = ["CoCoMixLMHeadModel"]
+        out["cocomix"] = {key: getattr(concepts, key) for key in _CONCEPT_KEYS}
+    return out
+
+
+def save_model(
+    folder: Path, state: Mapping[str, Tensor], config: ModelConfig, concepts: ConceptsConfig | None
+) -> None:
+    """Write ``model.safetensors`` and ``config.json``; each appears whole, the weights last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / "config.json", json.dumps(published_config(config, concepts), indent=2) + "\n")
+    replace_file(
+        folder / "model.safetensors",
+        lambda path: save_file(to_hf(state), str(path), metadata={"format": "pt"}),
+    )

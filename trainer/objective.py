@@ -1,0 +1,187 @@
+"""What is minimised: a microbatch of tokens in, a summed loss and summed metrics out.
+
+An objective owns whatever it needs beside the model (the teacher, its SAE). Losses and metrics are sums
+over tokens; the training step divides by the global number of tokens, so that neither accumulation nor
+the number of ranks changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from parallel.collectives import min_over_ranks
+from parallel.mesh import Mesh
+from trainer.concepts.extractor import TargetExtractor
+from trainer.concepts.sae_training import SaeLearner
+from trainer.kernels.reference import IGNORED_LABEL, MASKED_TARGET
+from trainer.metrics.sums import Mean
+from trainer.model.gpt2 import GPT2
+
+
+class ConceptIds(NamedTuple):
+    """Concepts of one microbatch, for counting which are in use."""
+
+    targets: Tensor
+    """(b, T, A) int64, ``MASKED_TARGET`` where there is none."""
+    kept: Tensor
+    """(b, T, K) int64, what the student mixed in."""
+
+
+class LossTerms(NamedTuple):
+    """One microbatch's loss and metrics."""
+
+    loss: Tensor
+    """() fp32 summed over tokens; what backward starts from."""
+    sums: Mapping[str, Tensor | float]
+    """Sums by slot, as the objective's ``means`` name them; tensors are detached scalars."""
+    concepts: ConceptIds | None = None
+
+
+class Objective(Protocol):
+    """What the training step and the validation ask of an objective."""
+
+    @property
+    def means(self) -> tuple[Mean, ...]:
+        """Reported metrics, as ratios of summed slots."""
+        ...
+
+    def __call__(self, model: nn.Module, tokens: Tensor, num_rows: int, *, detail: bool) -> LossTerms:
+        """Loss of tokens (b, T+1) int64, of which the first ``num_rows`` rows count.
+
+        ``detail`` also computes the metrics that cost extra passes over wide tensors.
+        """
+        ...
+
+    def before_step(self, model: nn.Module) -> None:
+        """Called between the last backward and the optimizer step."""
+        ...
+
+    def after_step(self, model: nn.Module, mesh: Mesh) -> None:
+        """Called after every optimizer step."""
+        ...
+
+
+def split_tokens(tokens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Inputs and next tokens of (b, T+1); rows from ``num_rows`` on are padding and get no label."""
+    input_ids, labels = tokens[:, :-1], tokens[:, 1:]
+    if num_rows < tokens.shape[0]:
+        labels = labels.clone()
+        labels[num_rows:] = IGNORED_LABEL
+    return input_ids, labels
+
+
+class _NoHooks:
+    """An objective that changes nothing around the optimizer step."""
+
+    def before_step(self, model: nn.Module) -> None:
+        """Nothing to do."""
+
+    def after_step(self, model: nn.Module, mesh: Mesh) -> None:
+        """Nothing to do."""
+
+
+class NextToken(_NoHooks):
+    """Next-token prediction: the summed cross entropy."""
+
+    means = (Mean("loss_ntp", "ntp_nats", "tokens"),)
+
+    def __call__(self, model: nn.Module, tokens: Tensor, num_rows: int, *, detail: bool) -> LossTerms:
+        """See :class:`Objective`."""
+        input_ids, labels = split_tokens(tokens, num_rows)
+        loss = model(input_ids, labels).loss_ntp
+        return LossTerms(loss, {"ntp_nats": loss.detach(), "tokens": num_rows * input_ids.shape[1]})
+
+
+class CoCoMixLoss(_NoHooks):
+    """Next-token loss + lambda times the concept loss (CoCoMix, arXiv 2502.08524, equation 5).
+
+    Args:
+        extractor: tokens -> concept targets.
+        concept_weight: lambda.
+    """
+
+    means = (
+        Mean("loss_ntp", "ntp_nats", "tokens"),
+        Mean("loss_concept", "concept_nats", "tokens"),
+        Mean("loss_total", "total_nats", "tokens"),
+        Mean("concept_recall_at_A", "recalled", "targets"),
+        Mean("concept_mean_rank", "ranks", "targets"),
+        Mean("concept_targets_per_token", "targets", "tokens"),
+    )
+
+    def __init__(self, extractor: TargetExtractor, concept_weight: float) -> None:
+        self.extractor = extractor
+        self.concept_weight = concept_weight
+
+    def __call__(self, model: nn.Module, tokens: Tensor, num_rows: int, *, detail: bool) -> LossTerms:
+        """See :class:`Objective`; ``detail`` ranks the targets among all concepts."""
+        input_ids, labels = split_tokens(tokens, num_rows)
+        targets = self.extractor(input_ids, labels)
+        if num_rows < targets.shape[0]:
+            targets[num_rows:] = MASKED_TARGET
+        out = model(input_ids, labels, targets, with_ranks=detail)
+        loss = out.loss_ntp + self.concept_weight * out.loss_concept
+        counts = out.concepts
+        sums = {
+            "tokens": num_rows * input_ids.shape[1],
+            "ntp_nats": out.loss_ntp.detach(),
+            "concept_nats": out.loss_concept.detach(),
+            "total_nats": loss.detach(),
+            "targets": counts.num_targets,
+            "recalled": counts.num_recalled,
+            "ranks": counts.rank_sum,
+        }
+        return LossTerms(loss, sums, ConceptIds(targets, counts.ids))
+
+
+class SaeLoss:
+    """Reconstruction of a frozen teacher's residuals by a TopK autoencoder (Gao et al. 2024).
+
+    Args:
+        teacher: frozen GPT-2 on the device of the run.
+        layer: block after which the residual is read.
+        tokens_per_step: tokens of one optimizer step over all ranks.
+    """
+
+    means = (
+        Mean("sae_nmse", "squared_error", "tokens"),
+        Mean("sae_aux_loss", "aux", "tokens"),
+        Mean("sae_active_latents", "active", "tokens"),
+        Mean("sae_dead_fraction", "dead", "tokens"),
+    )
+
+    def __init__(self, teacher: GPT2, layer: int, tokens_per_step: int) -> None:
+        self.teacher = teacher
+        self.layer = layer
+        self.tokens_per_step = tokens_per_step
+
+    def __call__(self, model: nn.Module, tokens: Tensor, num_rows: int, *, detail: bool) -> LossTerms:
+        """See :class:`Objective`."""
+        assert isinstance(model, SaeLearner)
+        with torch.no_grad():
+            residual = self.teacher.residual_after(tokens[:num_rows, :-1], self.layer)
+        terms = model(residual)
+        num_tokens = num_rows * (tokens.shape[1] - 1)
+        sums = {
+            "tokens": num_tokens,
+            "squared_error": terms.normalized_mse,
+            "aux": terms.aux,
+            "active": terms.num_active,
+            "dead": model.dead_latents().double().mean() * num_tokens,
+        }
+        return LossTerms(terms.loss, sums)
+
+    def before_step(self, model: nn.Module) -> None:
+        """Take the gradient along the unit decoder rows out, before it enters Adam's moments."""
+        assert isinstance(model, SaeLearner)
+        model.project_gradients()
+
+    def after_step(self, model: nn.Module, mesh: Mesh) -> None:
+        """Decoder rows back to unit norm; one all-reduce of M counters."""
+        assert isinstance(model, SaeLearner)
+        model.after_step()
+        model.sync_buffers(lambda counters: min_over_ranks(counters, mesh), self.tokens_per_step)

@@ -1,0 +1,39 @@
+"""What a finished run leaves for others: weights in the published formats, written by rank 0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from parallel.apply import gather_full_state
+from trainer.concepts.sae_formats import save_sae
+from trainer.concepts.sae_training import SaeLearner
+from trainer.config import RunConfig
+from trainer.model.formats import save_model
+
+
+def published_path(config: RunConfig) -> Path:
+    """The file whose presence says that the run is published."""
+    name = "sae.pt" if config.objective.name == "sae" else "model.safetensors"
+    return Path(config.run.dir) / "model" / name
+
+
+def publish(config: RunConfig, model: nn.Module, *, is_main: bool) -> Path:
+    """Write the trained weights below ``RUN/model``; a collective over all ranks.
+
+    A student or teacher becomes a model folder (``trainer.model.formats``), an autoencoder the
+    published .pt. The file appears whole or not at all.
+    """
+    path = published_path(config)
+    state = gather_full_state(model)
+    if not is_main:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, SaeLearner):
+        save_sae(path, model.to_sae(state))
+    else:
+        assert config.model is not None
+        concepts = config.concepts if config.objective.name == "cocomix" else None
+        save_model(path.parent, state, config.model, concepts)
+    return path

@@ -1,0 +1,84 @@
+"""One optimizer step, and one pass over the validation windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import sum_over_ranks
+from parallel.engine import Engine
+from parallel.mesh import Mesh
+from trainer.kernels.reference import MASKED_TARGET
+from trainer.metrics.sums import ConceptUsage, StepMetrics
+from trainer.objective import Objective
+
+
+def train_step(
+    engine: Engine,
+    objective: Objective,
+    mesh: Mesh,
+    tokens: Tensor,
+    *,
+    microbatch_size: int,
+    tokens_per_step: int,
+    lr: float,
+    metrics: StepMetrics,
+    usage: ConceptUsage | None,
+    detail: bool,
+) -> Tensor:
+    """Forward and backward over this rank's rows, microbatch by microbatch, then one update.
+
+    Args:
+        tokens: (R, T+1) integer token ids on the device: this rank's rows of the global batch. The
+            last microbatch may be shorter.
+        microbatch_size: rows per forward and backward.
+        tokens_per_step: tokens of the global batch; every loss is divided by it, so that gradients
+            are sums over microbatches and ranks.
+        lr: learning rate of this step.
+        metrics: starts anew and receives the sums of all microbatches.
+        usage: marks the concepts in use, if given.
+        detail: also compute the metrics that cost extra passes.
+
+    Returns:
+        () global gradient norm before clipping, on the device; the host waits for nothing.
+    """
+    metrics.reset()
+    microbatches = tokens.split(microbatch_size)
+    for index, rows in enumerate(microbatches):
+        terms = objective(engine.model, rows.long(), rows.shape[0], detail=detail)
+        engine.backward(terms.loss / tokens_per_step, last_microbatch=index == len(microbatches) - 1)
+        metrics.add(**terms.sums)
+        if usage is not None and terms.concepts is not None:
+            targets, kept = terms.concepts
+            usage.add(targets, kept, targets != MASKED_TARGET)
+    objective.before_step(engine.model)
+    grad_norm = engine.step(lr)
+    objective.after_step(engine.model, mesh)
+    return grad_norm
+
+
+@torch.no_grad()
+def validate(
+    engine: Engine,
+    objective: Objective,
+    mesh: Mesh,
+    batches: Iterable[tuple[Tensor, int]],
+    device: torch.device,
+) -> dict[str, float]:
+    """Means over validation windows in eval mode, the same on all ranks.
+
+    Args:
+        batches: the same number on every rank; (rows, T+1) tokens and how many of the rows count.
+        device: where the model computes.
+    """
+    metrics = StepMetrics(objective.means, device)
+    engine.model.eval()
+    for tokens, num_rows in batches:
+        rows = tokens.to(device, non_blocking=True).long()
+        metrics.add(**objective(engine.model, rows, num_rows, detail=True).sums)
+    engine.model.train()
+    means = metrics.reduce(partial(sum_over_ranks, mesh=mesh))
+    return {name: value.item() for name, value in means.items()}
