@@ -1,0 +1,291 @@
+"""Batches of token windows for training and validation."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.config import DataConfig
+from data.manifest import TOKENIZER_NAME, DataError, Manifest, read_manifest
+from data.order import WindowOrder
+from data.stream import read_windows
+
+STATE_VERSION = 1
+VALIDATION_KEEP_STEPS = 2
+
+
+def open_manifest(config: DataConfig) -> Manifest:
+    """Read the manifest and check whatever is cheap, so that a run fails at its start.
+
+    Raises:
+        DataError: a shard that is missing or of another size, another tokenizer, ``seq_len`` that does not
+            divide the chunks, or a split without a single window.
+    """
+    manifest = read_manifest(config.dir)
+    folder = Path(config.dir)
+    if manifest.chunk_tokens % config.seq_len:
+        raise DataError(
+            f"data.seq_len={config.seq_len} does not divide chunk_tokens={manifest.chunk_tokens} of {folder}"
+        )
+    _check_tokenizer(folder, manifest)
+    for name, split in manifest.splits.items():
+        for shard in split.shards:
+            _check_size(folder / shard.name, shard.bytes)
+        _check_windows(config, manifest, name)
+    return manifest
+
+
+def windows_per_chunk(manifest: Manifest, split: str, seq_len: int) -> list[int]:
+    """Return the number of windows of each chunk of a split; DataError if there is no such split."""
+    if split not in manifest.splits:
+        raise DataError(f"the manifest has no split {split!r}, only {', '.join(sorted(manifest.splits))}")
+    return [chunk.num_windows(seq_len) for _, chunk in manifest.splits[split].chunks]
+
+
+class TokenLoader:
+    """Endless batches of one data-parallel rank, in an order that any number of ranks can continue."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        rows_per_step: int,
+        rank: int,
+        world_size: int,
+        pin_memory: bool = False,
+    ):
+        """Open the ``train`` split.
+
+        Args:
+            config: the data section.
+            rows_per_step: sequences per optimizer step, over all ranks.
+            rank, world_size: the data-parallel ones.
+            pin_memory: return page-locked memory, for asynchronous copies to a CUDA device.
+
+        Raises:
+            ValueError: the ranks do not divide the rows.
+            DataError: see :func:`open_manifest`.
+        """
+        _check_ranks(rank, world_size)
+        if rows_per_step < 1 or rows_per_step % world_size:
+            raise ValueError(
+                f"train.batch_size={rows_per_step} is not divisible by the {world_size} data-parallel ranks"
+            )
+        self._config, self._manifest = config, open_manifest(config)
+        self._rows_per_step, self._rank, self._world_size = rows_per_step, rank, world_size
+        self._order = WindowOrder(
+            windows_per_chunk(self._manifest, "train", config.seq_len), seed=config.seed, lanes=config.lanes
+        )
+        # The current device belongs to a thread: pinning elsewhere would open a context on device 0.
+        self._pin_device = torch.cuda.current_device() if pin_memory else None
+        self._next_row = 0
+        self._batches: _Prefetcher | None = None
+
+    def __iter__(self) -> TokenLoader:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        """Return this rank's rows of the next optimizer step.
+
+        Returns:
+            (rows_per_step // world_size, seq_len + 1) uint16, or int32 for uint32 shards.
+
+        Raises:
+            DataError: a damaged shard.
+        """
+        if self._batches is None:
+            self._batches = _Prefetcher(
+                self._read(self._next_row), self._config.prefetch_steps, self._pin_device
+            )
+            self._finalizer = weakref.finalize(self, self._batches.close)
+        batch = next(self._batches)
+        self._next_row += self._rows_per_step
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the next row and what fixes the order; JSON-able, of constant size.
+
+        It counts the batches that were returned, not those read ahead.
+        """
+        return {**self._identity(), "next_row": self._next_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken, with any number of ranks and rows per step.
+
+        Raises:
+            DataError: the data or their order are not those of ``state``.
+        """
+        for key, value in self._identity().items():
+            if state.get(key) != value:
+                raise DataError(
+                    f"the data order changed since the checkpoint: {key} was {state.get(key)!r}, is {value!r}"
+                )
+        self.close()
+        self._next_row = int(state["next_row"])
+
+    def close(self) -> None:
+        """Stop reading ahead. The next batch starts it again."""
+        if self._batches is not None:
+            self._finalizer()
+            self._batches = None
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "manifest_sha256": self._manifest.sha256,
+            "seed": self._config.seed,
+            "lanes": self._config.lanes,
+            "seq_len": self._config.seq_len,
+        }
+
+    def _read(self, first_row: int) -> Iterator[torch.Tensor]:
+        # The arguments are bound here: the reading thread must not keep the loader alive.
+        order, rows, rank, world_size = self._order, self._rows_per_step, self._rank, self._world_size
+
+        def steps() -> Iterator[np.ndarray]:
+            row = first_row
+            while True:
+                yield order.rows_of_rank(row, rows, rank, world_size)
+                row += rows
+
+        keep_steps = 1 + -(-order.lanes // rows)  # after so many steps every lane had its turn
+        config = self._config
+        arrays = read_windows(Path(config.dir), self._manifest, "train", config.seq_len, steps(), keep_steps)
+        return map(_to_tensor, arrays)
+
+
+def validation_batches(
+    config: DataConfig, *, share: float, rows: int, rank: int, world_size: int
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """Return the first ``share`` of the validation windows, in the order of the corpus.
+
+    Every rank gets the same number of batches, and all ranks together get each window once.
+
+    Args:
+        share: part of the windows, in (0, 1]; at least one window.
+        rows: sequences per batch of one rank.
+        rank, world_size: the data-parallel ones.
+
+    Yields:
+        tokens (rows, seq_len + 1) and how many of the rows count; the others repeat a window.
+
+    Raises:
+        ValueError: ``share`` or ``rows`` out of bounds.
+        DataError: see :func:`open_manifest`, raised before the first batch.
+    """
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"share={share} of the validation windows must lie in (0, 1]")
+    if rows < 1:
+        raise ValueError(f"rows={rows} per validation batch must be at least 1")
+    _check_ranks(rank, world_size)
+    manifest = open_manifest(config)
+    counts = windows_per_chunk(manifest, "val", config.seq_len)
+    windows = _first_windows(counts, max(1, round(share * sum(counts))))
+    starts = range(rank * rows, len(windows) + rank * rows, rows * world_size)
+    steps = (windows[np.minimum(start + np.arange(rows), len(windows) - 1)] for start in starts)
+    arrays = read_windows(Path(config.dir), manifest, "val", config.seq_len, steps, VALIDATION_KEEP_STEPS)
+    real = (min(max(len(windows) - start, 0), rows) for start in starts)
+    return zip(map(_to_tensor, arrays), real, strict=True)
+
+
+class _Prefetcher:
+    """Takes items from an iterator in a thread, a bounded number ahead; errors come out of ``next``."""
+
+    def __init__(self, items: Iterator[torch.Tensor], ahead: int, pin_device: int | None):
+        self._items = items
+        self._pin_device = pin_device
+        self._stop = threading.Event()
+        self._queue: queue.Queue[torch.Tensor | BaseException] = queue.Queue(max(ahead, 1))
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="token-prefetch", daemon=True)
+        self._threaded = ahead > 0
+        if self._threaded:
+            self._thread.start()
+
+    def __next__(self) -> torch.Tensor:
+        if self._error is not None:
+            raise self._error
+        item = self._queue.get() if self._threaded else self._take()
+        if isinstance(item, BaseException):
+            self._error = item
+            raise item
+        return item
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _work(self) -> None:
+        if self._pin_device is not None:
+            torch.cuda.set_device(self._pin_device)
+        item: torch.Tensor | BaseException | None = None
+        while not self._stop.is_set() and not isinstance(item, BaseException):
+            item = self._take()
+            while not self._stop.is_set():
+                try:
+                    self._queue.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+
+    def _take(self) -> torch.Tensor | BaseException:
+        try:
+            item = next(self._items)
+            return item.pin_memory() if self._pin_device is not None else item
+        except BaseException as error:  # handed to the consumer, whatever it is
+            return error
+
+
+def _to_tensor(tokens: np.ndarray) -> torch.Tensor:
+    native = np.uint16 if tokens.dtype.itemsize == 2 else np.int32
+    return torch.from_numpy(tokens.astype(native, copy=False))
+
+
+def _first_windows(counts: list[int], limit: int) -> np.ndarray:
+    """Return the first windows of a split as steps know them, (limit, 3) int64: row, chunk, window."""
+    chunk = np.repeat(np.arange(len(counts)), counts)[:limit]
+    first = np.concatenate([[0], np.cumsum(counts)])[chunk]
+    rows = np.arange(len(chunk))
+    return np.stack([rows, chunk, rows - first], axis=1)
+
+
+def _check_ranks(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} must lie in 0 .. world_size - 1 = {world_size - 1}")
+
+
+def _check_windows(config: DataConfig, manifest: Manifest, split: str) -> None:
+    if not sum(windows_per_chunk(manifest, split, config.seq_len)):
+        longest = max((chunk.tokens - 1 for _, chunk in manifest.splits[split].chunks), default=0)
+        raise DataError(
+            f"{config.dir}: split {split!r} has 0 windows of data.seq_len={config.seq_len}: "
+            f"its longest chunk has room for {longest} tokens"
+        )
+
+
+def _check_size(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise DataError(f"{path}: shard is missing")
+    if path.stat().st_size != size:
+        raise DataError(f"{path}: shard has {path.stat().st_size} bytes, the manifest says {size}")
+
+
+def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
+    path = folder / TOKENIZER_NAME
+    if not path.is_file():
+        raise DataError(f"{path}: missing")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != manifest.tokenizer.sha256:
+        raise DataError(
+            f"{path}: SHA-256 {found[:12]}... is not the manifest's {manifest.tokenizer.sha256[:12]}...: "
+            "the tokens were made by another tokenizer"
+        )

@@ -1,0 +1,83 @@
+"""Progress of a long command: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+BAR_WIDTH = 24
+
+
+class Progress:
+    """Reports how much of ``total`` is done, the rate, and the time left."""
+
+    def __init__(self, label: str, total: int, *, stream: TextIO | None = None, plain_every_s: float = 10.0):
+        """Start the clock.
+
+        Args:
+            label: what is being done.
+            total: amount of work in bytes.
+            stream: where to report; default stderr.
+            plain_every_s: seconds between lines when ``stream`` is no terminal.
+        """
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._every_s = 0.1 if self._terminal else plain_every_s
+        self._label, self._total = label, max(total, 1)
+        self._start = self._last = time.monotonic()
+        self._skipped = 0
+        self._width = 0
+
+    def skip(self, done: int) -> None:
+        """Say that ``done`` bytes were finished before; they do not count in the rate."""
+        self._skipped = done
+        self._start = time.monotonic()
+
+    def update(self, done: int, note: str = "") -> None:
+        """Report that ``done`` bytes of the total are finished, unless the last report is recent."""
+        now = time.monotonic()
+        if now - self._last >= self._every_s:
+            self._last = now
+            self._write(self._line(done, now - self._start, note))
+
+    def close(self, note: str = "") -> None:
+        """Report the end, unless there is nothing to say and nothing was said before."""
+        elapsed_s = time.monotonic() - self._start
+        if not note and not self._width:
+            return
+        self._write(f"{self._label}: done in {elapsed_s:.1f} s{', ' if note else ''}{note}")
+        if self._terminal:
+            self._stream.write("\n")
+            self._stream.flush()
+
+    def abort(self) -> None:
+        """Leave the terminal at the start of a fresh line."""
+        if self._terminal and self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+
+    def _line(self, done: int, elapsed_s: float, note: str) -> str:
+        share = min(done / self._total, 1.0)
+        rate = max(done - self._skipped, 0) / max(elapsed_s, 1e-9)
+        left_s = (self._total - done) / rate if rate > 0 else float("inf")
+        eta = "?" if left_s == float("inf") else format_duration(left_s)
+        filled = int(share * BAR_WIDTH)
+        bar = f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] " if self._terminal else ""
+        tail = f", {note}" if note else ""
+        return f"{self._label}: {bar}{share:6.1%}, {rate / 1e6:.2f} MB/s, {eta} left{tail}"
+
+    def _write(self, line: str) -> None:
+        if self._terminal:
+            self._stream.write("\r" + line.ljust(self._width))
+        else:
+            self._stream.write(line + "\n")
+        self._width = len(line)
+        self._stream.flush()
+
+
+def format_duration(seconds: float) -> str:
+    """Return e.g. ``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

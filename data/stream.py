@@ -1,0 +1,132 @@
+"""Reading windows of tokens from the tar shards, with webdataset over byte ranges.
+
+A chunk is one tar member, and the bytes of a member with its header are themselves a tar file. So the offsets
+in the manifest turn any chunk into a file that webdataset opens by URL, without reading the shard up to it.
+webdataset passes over many kinds of damage in silence; therefore every chunk is checked against the manifest.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import webdataset as wds
+
+from data.manifest import BYTES_PER_TOKEN, Chunk, DataError, Manifest, Shard
+
+SCHEME = "tarmember"
+PAYLOAD_KEY = "tokens"
+
+Step = np.ndarray
+"""(rows, 3) int64: global row, chunk, window."""
+
+
+def read_windows(
+    folder: Path, manifest: Manifest, split: str, seq_len: int, steps: Iterable[Step], keep_steps: int
+) -> Iterator[np.ndarray]:
+    """Yield the tokens of each step.
+
+    Args:
+        folder: the shard folder.
+        steps: which windows, in order; read only as far as needed.
+        keep_steps: a decoded chunk stays in memory until it was unused for so many steps.
+
+    Yields:
+        (rows, seq_len + 1) uint16 or uint32.
+
+    Raises:
+        DataError: a chunk that is missing, cut short or changed; names the shard and the offset.
+    """
+    plans, plans_for_reader = itertools.tee(_plan(steps, keep_steps))
+    chunks = read_chunks(
+        folder, manifest, split, itertools.chain.from_iterable(missing for _, missing, _ in plans_for_reader)
+    )
+    cache: dict[int, np.ndarray] = {}
+    for step, missing, unused in plans:
+        for number in missing:
+            cache[number] = next(chunks)
+        yield np.stack([_window(cache[chunk], window, seq_len) for _, chunk, window in step.tolist()])
+        for number in unused:
+            del cache[number]
+
+
+def read_chunks(folder: Path, manifest: Manifest, split: str, numbers: Iterable[int]) -> Iterator[np.ndarray]:
+    """Yield the tokens of the chunks with these numbers, (tokens,) each.
+
+    Raises:
+        DataError: see :func:`read_windows`.
+    """
+    wds.gopen_schemes.setdefault(SCHEME, open_member)
+    chunks = manifest.splits[split].chunks
+    expected, requested = itertools.tee(chunks[number] for number in numbers)
+
+    def urls() -> Iterator[dict[str, str]]:
+        for shard, chunk in requested:
+            yield {"url": _member_url(folder, manifest.dtype, shard, chunk)}
+
+    pipeline: Iterator[dict[str, Any]] = iter(
+        wds.DataPipeline(urls, wds.tarfile_to_samples(handler=wds.reraise_exception))
+    )
+    for shard, chunk in expected:
+        try:
+            sample = next(pipeline, None)
+        except tarfile.TarError as error:
+            raise DataError(f"{_place(folder, shard, chunk)}: damaged tar header") from error
+        if sample is None or sample["__url__"] != _member_url(folder, manifest.dtype, shard, chunk):
+            raise DataError(f"{_place(folder, shard, chunk)}: no tar member there")
+        yield _decode(sample, manifest.dtype, chunk, _place(folder, shard, chunk))
+
+
+def open_member(url: str, mode: str = "rb", bufsize: int = -1, **_options: Any) -> BinaryIO:
+    """Open ``tarmember:OFFSET:BYTES:PATH`` for webdataset: a byte range of a shard as a file of its own."""
+    _, offset, size, path = url.split(":", 3)
+    try:
+        with open(path, "rb") as file:
+            file.seek(int(offset))
+            data = file.read(int(size))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: shard is missing") from error
+    if len(data) != int(size):
+        raise DataError(f"{path}: shard is cut short: {len(data)} of {size} bytes at offset {offset}")
+    return io.BytesIO(data)
+
+
+def _plan(steps: Iterable[Step], keep_steps: int) -> Iterator[tuple[Step, list[int], list[int]]]:
+    """Yield each step with the chunks to read before it and those to forget after it."""
+    last_used: dict[int, int] = {}
+    for now, step in enumerate(steps):
+        needed = list(dict.fromkeys(step[:, 1].tolist()))
+        missing = [chunk for chunk in needed if chunk not in last_used]
+        last_used.update((chunk, now) for chunk in needed)
+        unused = [chunk for chunk, used in last_used.items() if used <= now - keep_steps]
+        for chunk in unused:
+            del last_used[chunk]
+        yield step, missing, unused
+
+
+def _window(chunk: np.ndarray, window: int, seq_len: int) -> np.ndarray:
+    return chunk[window * seq_len : (window + 1) * seq_len + 1]
+
+
+def _decode(sample: dict[str, Any], dtype: str, chunk: Chunk, place: str) -> np.ndarray:
+    payload: bytes = sample.get(PAYLOAD_KEY, b"")
+    size = chunk.tokens * BYTES_PER_TOKEN[dtype]
+    if len(payload) != size:
+        raise DataError(f"{place}: chunk has {len(payload)} bytes, the manifest says {size}")
+    if zlib.crc32(payload) != chunk.crc32:
+        raise DataError(f"{place}: chunk is damaged: its CRC-32 is not the manifest's")
+    return np.frombuffer(payload, dtype=f"<u{BYTES_PER_TOKEN[dtype]}")
+
+
+def _member_url(folder: Path, dtype: str, shard: Shard, chunk: Chunk) -> str:
+    return f"{SCHEME}:{chunk.offset}:{chunk.member_bytes(dtype)}:{folder / shard.name}"
+
+
+def _place(folder: Path, shard: Shard, chunk: Chunk) -> str:
+    return f"{folder / shard.name} at offset {chunk.offset}"
