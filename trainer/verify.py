@@ -121,8 +121,9 @@ def read_golden(folder: Path) -> Golden:
     sae = load_sae(folder / "sae.pt")
     check_fits(sae, teacher.config.d_model, concepts.num_concepts)
     expected = read_tensors(folder / "expected.safetensors")
-    if "input_ids" not in expected:
-        raise ValueError(f"{folder / 'expected.safetensors'}: input_ids is missing")
+    for name in ("input_ids", "targets", "target_attribution"):
+        if name not in expected:
+            raise ValueError(f"{folder / 'expected.safetensors'}: {name} is missing")
     weight = _size(config, "lam_concept", path)
     return Golden(teacher, sae, student, concepts, weight, expected)
 
