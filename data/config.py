@@ -24,9 +24,17 @@ class DataConfig:
     prefetch_steps: int = 2
     """Steps that are read ahead of the training step by a background thread; 0 reads in the step itself."""
 
+    skip: tuple[tuple[int, int], ...] = ()
+    """Ranges ``[first, last)`` of global rows that are left out, as a run's ``skip`` events name them."""
+
     def __post_init__(self) -> None:
         if self.seq_len < 1:
             raise ValueError(f"seq_len={self.seq_len} must be at least 1")
+        last = 0
+        for pair in self.skip:
+            if not last <= pair[0] < pair[1]:
+                raise ValueError(f"skip={self.skip} must be pairs [first, last) in rising order")
+            last = pair[1]
         if self.lanes < 1:
             raise ValueError(f"lanes={self.lanes} must be at least 1")
         if self.prefetch_steps < 0:

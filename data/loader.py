@@ -6,7 +6,7 @@ import hashlib
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ class TokenLoader:
             )
             self._finalizer = weakref.finalize(self, self._batches.close)
         batch = next(self._batches)
-        self._next_row += self._rows_per_step
+        self._next_row = after_skips(self._next_row, self._config.skip) + self._rows_per_step
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,10 +149,12 @@ class TokenLoader:
     def _read(self, first_row: int) -> Iterator[torch.Tensor]:
         # The arguments are bound here: the reading thread must not keep the loader alive.
         order, rows, rank, world_size = self._order, self._rows_per_step, self._rank, self._world_size
+        skip = self._config.skip
 
         def steps() -> Iterator[np.ndarray]:
             row = first_row
             while True:
+                row = after_skips(row, skip)
                 yield order.rows_of_rank(row, rows, rank, world_size)
                 row += rows
 
@@ -194,6 +196,14 @@ def validation_batches(
     arrays = read_windows(Path(config.dir), manifest, "val", config.seq_len, steps, VALIDATION_KEEP_STEPS)
     real = (min(max(len(windows) - start, 0), rows) for start in starts)
     return zip(map(_to_tensor, arrays), real, strict=True)
+
+
+def after_skips(row: int, skip: Sequence[tuple[int, int]]) -> int:
+    """Return ``row``, or the end of the skipped range that begins at it or holds it."""
+    for first, last in skip:
+        if first <= row < last:
+            row = last
+    return row
 
 
 class _Prefetcher:

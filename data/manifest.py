@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from data.files import replace_text
 
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -132,27 +133,7 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
         "recipe": manifest.recipe,
         "splits": {name: _split_to_json(split) for name, split in manifest.splits.items()},
     }
-    write_atomically(Path(folder) / MANIFEST_NAME, (json.dumps(body, sort_keys=True) + "\n").encode())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` so that a crash leaves the old or the new file, never a mixture."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    replace_text(Path(folder) / MANIFEST_NAME, json.dumps(body, sort_keys=True) + "\n")
 
 
 def shard_to_json(shard: Shard) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import numpy as np
 
 from data.cli import run_cli
 from data.corpus import Corpus, RawBatch, open_corpus, parse_batch, stdlib_corpus
+from data.files import replace_bytes, temporary_path
 from data.manifest import (
     BYTES_PER_TOKEN,
     MANIFEST_NAME,
@@ -37,7 +38,6 @@ from data.manifest import (
     Split,
     TokenizerInfo,
     read_manifest,
-    write_atomically,
     write_manifest,
 )
 from data.progress import Progress
@@ -134,8 +134,8 @@ class _Run:
         saved = _read_progress(options.out)
         if not saved:  # first of all the file that marks the folder as ours
             saved = {"recipe": recipe, "tokenizer_sha256": tokenizer.sha256}
-            write_atomically(options.out / PROGRESS_NAME, json.dumps(saved).encode())
-        write_atomically(options.out / TOKENIZER_NAME, tokenizer.json_bytes)
+            replace_bytes(options.out / PROGRESS_NAME, json.dumps(saved).encode())
+        replace_bytes(options.out / TOKENIZER_NAME, tokenizer.json_bytes)
         layout = ShardLayout(options.dtype, options.chunk_tokens, options.chunks_per_shard)
         states = saved.get("splits", {})
         self._writers = {name: SplitWriter(options.out, name, layout, states.get(name)) for name in SPLITS}
@@ -214,7 +214,7 @@ class _Run:
             "corpus_sha256": self._digest.hexdigest(),
             "splits": {name: writer.checkpoint() for name, writer in self._writers.items()},
         }
-        write_atomically(self._options.out / PROGRESS_NAME, json.dumps(state).encode())
+        replace_bytes(self._options.out / PROGRESS_NAME, json.dumps(state).encode())
 
     def _check_splits(self) -> None:
         if not self._documents:
@@ -268,7 +268,7 @@ def _look_at_folder(options: PrepareOptions, recipe: dict[str, Any]) -> Manifest
     """Return the manifest if the folder is finished; raise if it is not ours to continue."""
     out = options.out
     names = {path.name for path in out.iterdir()}
-    if not names & {MANIFEST_NAME, PROGRESS_NAME} and names - {PROGRESS_NAME + ".tmp"}:
+    if not names & {MANIFEST_NAME, PROGRESS_NAME} and names - {temporary_path(out / PROGRESS_NAME).name}:
         raise DataError(f"{out}: not empty and not written by data.prepare; choose another --out")
     if options.overwrite:
         _discard(out)
@@ -352,9 +352,10 @@ def _add_to_digest(digest: hashlib._Hash, batch: RawBatch) -> None:
 
 def _sweep(out: Path) -> None:
     """Remove what only an unfinished folder needs."""
-    for name in (PROGRESS_NAME, *(f"{name}.tmp" for name in (MANIFEST_NAME, PROGRESS_NAME, TOKENIZER_NAME))):
-        if (out / name).exists():  # a finished folder may be read-only
-            (out / name).unlink()
+    written = [out / name for name in (MANIFEST_NAME, PROGRESS_NAME, TOKENIZER_NAME)]
+    for path in (out / PROGRESS_NAME, *map(temporary_path, written)):
+        if path.exists():  # a finished folder may be read-only
+            path.unlink()
 
 
 def _discard(out: Path) -> None:
@@ -399,6 +400,11 @@ def describe_split(name: str, split: Split) -> str:
     )
 
 
+def _available_cores() -> int:
+    # The affinity respects a cluster job's share of the node; not every system has it.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description="Text to token shards.")
     corpus = parser.add_mutually_exclusive_group(required=True)
@@ -412,7 +418,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=2357, help="seed of the split")
     parser.add_argument("--chunk_tokens", type=int, default=1 << 20, help="tokens per tar member")
     parser.add_argument("--chunks_per_shard", type=int, default=64, help="tar members per shard")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--processes", type=int, default=_available_cores(), help="default: all cores")
     parser.add_argument("--dtype", choices=sorted(BYTES_PER_TOKEN), default="uint16")
     parser.add_argument("--text_field", default="text", help="JSON key or column of the text")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote to --out")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data.files import sync_folder
 from data.manifest import (
     BYTES_PER_TOKEN,
     Chunk,
@@ -21,7 +22,6 @@ from data.manifest import (
     Split,
     shard_from_json,
     shard_to_json,
-    sync_folder,
 )
 
 PART = ".part"

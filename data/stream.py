@@ -8,7 +8,6 @@ webdataset passes over many kinds of damage in silence; therefore every chunk is
 from __future__ import annotations
 
 import io
-import itertools
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -43,44 +42,36 @@ def read_windows(
     Raises:
         DataError: a chunk that is missing, cut short or changed; names the shard and the offset.
     """
-    plans, plans_for_reader = itertools.tee(_plan(steps, keep_steps))
-    chunks = read_chunks(
-        folder, manifest, split, itertools.chain.from_iterable(missing for _, missing, _ in plans_for_reader)
-    )
+    chunks = manifest.splits[split].chunks
     cache: dict[int, np.ndarray] = {}
-    for step, missing, unused in plans:
+    for step, missing, unused in _plan(steps, keep_steps):
         for number in missing:
-            cache[number] = next(chunks)
+            cache[number] = read_chunk(folder, manifest.dtype, *chunks[number])
         yield np.stack([_window(cache[chunk], window, seq_len) for _, chunk, window in step.tolist()])
         for number in unused:
             del cache[number]
 
 
-def read_chunks(folder: Path, manifest: Manifest, split: str, numbers: Iterable[int]) -> Iterator[np.ndarray]:
-    """Yield the tokens of the chunks with these numbers, (tokens,) each.
+def read_chunk(folder: Path, dtype: str, shard: Shard, chunk: Chunk) -> np.ndarray:
+    """Return the tokens of one chunk, (tokens,) uint16 or uint32.
 
     Raises:
         DataError: see :func:`read_windows`.
     """
+    place = f"{folder / shard.name} at offset {chunk.offset}"
+    url = f"{SCHEME}:{chunk.offset}:{chunk.member_bytes(dtype)}:{folder / shard.name}"
     wds.gopen_schemes.setdefault(SCHEME, open_member)
-    chunks = manifest.splits[split].chunks
-    expected, requested = itertools.tee(chunks[number] for number in numbers)
-
-    def urls() -> Iterator[dict[str, str]]:
-        for shard, chunk in requested:
-            yield {"url": _member_url(folder, manifest.dtype, shard, chunk)}
-
-    pipeline: Iterator[dict[str, Any]] = iter(
-        wds.DataPipeline(urls, wds.tarfile_to_samples(handler=wds.reraise_exception))
+    # One pipeline per chunk: over several, webdataset would pass over an empty member and read on.
+    pipeline = wds.DataPipeline(
+        lambda: iter([{"url": url}]), wds.tarfile_to_samples(handler=wds.reraise_exception)
     )
-    for shard, chunk in expected:
-        try:
-            sample = next(pipeline, None)
-        except tarfile.TarError as error:
-            raise DataError(f"{_place(folder, shard, chunk)}: damaged tar header") from error
-        if sample is None or sample["__url__"] != _member_url(folder, manifest.dtype, shard, chunk):
-            raise DataError(f"{_place(folder, shard, chunk)}: no tar member there")
-        yield _decode(sample, manifest.dtype, chunk, _place(folder, shard, chunk))
+    try:
+        samples = list(pipeline)
+    except tarfile.TarError as error:
+        raise DataError(f"{place}: damaged tar header") from error
+    if len(samples) != 1:
+        raise DataError(f"{place}: no tar member there")
+    return _decode(samples[0], dtype, chunk, place)
 
 
 def open_member(url: str, mode: str = "rb", bufsize: int = -1, **_options: Any) -> BinaryIO:
@@ -122,11 +113,3 @@ def _decode(sample: dict[str, Any], dtype: str, chunk: Chunk, place: str) -> np.
     if zlib.crc32(payload) != chunk.crc32:
         raise DataError(f"{place}: chunk is damaged: its CRC-32 is not the manifest's")
     return np.frombuffer(payload, dtype=f"<u{BYTES_PER_TOKEN[dtype]}")
-
-
-def _member_url(folder: Path, dtype: str, shard: Shard, chunk: Chunk) -> str:
-    return f"{SCHEME}:{chunk.offset}:{chunk.member_bytes(dtype)}:{folder / shard.name}"
-
-
-def _place(folder: Path, shard: Shard, chunk: Chunk) -> str:
-    return f"{folder / shard.name} at offset {chunk.offset}"

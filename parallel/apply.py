@@ -137,15 +137,6 @@ def gather_full_state(model: nn.Module) -> dict[str, Tensor]:
     return full
 
 
-def reshard(model: nn.Module) -> None:
-    """Free all gathered weights, so that the model's parameters are the sharded ones again.
-
-    A forward without a backward leaves the root gathered.
-    """
-    for unit in _fsdp_modules(model):
-        unit.reshard()
-
-
 def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 

@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
-from parallel.apply import reshard
 from parallel.mesh import Mesh
 
 
@@ -111,14 +110,12 @@ class FsdpEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`Engine.state_dict`."""
-        # After a forward without backward the root's parameters are the gathered ones, which the
-        # optimizer does not know.
-        reshard(self.model)
-        return {
-            "model": get_model_state_dict(self.model),
-            # Without the parameter groups: their hyper-parameters belong to the configuration.
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer)["state"],
-        }
+        # The model first: that frees the root's gathered weights, which a forward without backward
+        # leaves in place of the sharded ones that the optimizer knows.
+        model_state = get_model_state_dict(self.model)
+        # Without the parameter groups: their hyper-parameters belong to the configuration.
+        optimizer_state = get_optimizer_state_dict(self.model, self.optimizer)["state"]
+        return {"model": model_state, "optimizer": optimizer_state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :meth:`Engine.load_state_dict`."""

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from parallel.config import ParallelConfig
 from parallel.world import World
-
-if TYPE_CHECKING:
-    from torchtitan.distributed.parallel_dims import ParallelDims
 
 
 @dataclass(frozen=True)
@@ -60,6 +54,7 @@ def build_mesh(config: ParallelConfig, world: World) -> Mesh:
         tp=config.tp,
         world_size=world.size,
         device_type=world.device.type,
+        timeout_s=world.timeout_s,
     )
     batch = dims.get_optional_mesh("batch")
     tp = dims.get_optional_mesh("tp")
@@ -71,7 +66,6 @@ def build_mesh(config: ParallelConfig, world: World) -> Mesh:
         fsdp=dims.get_mesh(["dp_replicate", "fsdp"] if config.dp_replicate > 1 else "fsdp"),
         dp_group=batch.get_group() if batch else None,
     )
-    _limit_time(dims, world)
     return mesh
 
 
@@ -84,15 +78,3 @@ def _dp_shard(config: ParallelConfig, world_size: int) -> int:
             f"does not fit the {world_size} processes of this run"
         )
     return dp_shard
-
-
-def _limit_time(dims: ParallelDims, world: World) -> None:
-    """Give every axis' group the world's time limit.
-
-    A new group takes torch's default of 10 (nccl) or 30 minutes (gloo), not that of the world's
-    group, and torch 2.13 has no public setter for an existing group.
-    """
-    for axis in ("batch", "dp_replicate", "fsdp", "tp"):
-        submesh = dims.get_optional_mesh(axis)
-        if submesh is not None:
-            _set_pg_timeout(timedelta(seconds=world.timeout_s), submesh.get_group())

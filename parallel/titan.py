@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 
 # Registers what init_device_mesh needs to build FSDP axes; torchtitan expects it to be imported first.
 import torch.distributed.fsdp
 import torchtitan.distributed.parallel_dims as titan_dims
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.utils import clip_grad_norm_ as titan_clip_grad_norm_
 
 
 def build_parallel_dims(
-    *, dp_replicate: int, dp_shard: int, tp: int, world_size: int, device_type: str
+    *, dp_replicate: int, dp_shard: int, tp: int, world_size: int, device_type: str, timeout_s: float
 ) -> ParallelDims:
     """Build torchtitan's device meshes; a collective over all ranks.
 
@@ -25,6 +27,7 @@ def build_parallel_dims(
         tp: Tensor-parallel ranks.
         world_size: Product of the three.
         device_type: ``cpu`` or ``cuda``.
+        timeout_s: Seconds that a collective of an axis may take.
     """
     # torchtitan takes the first accelerator of the machine, also for a run on its CPUs, and falls
     # back to "cuda" where there is none.
@@ -43,7 +46,20 @@ def build_parallel_dims(
         spmd_backend="partial_dtensor",
     )
     dims.build_mesh()
+    _limit_time(dims, timeout_s)
     return dims
+
+
+def _limit_time(dims: ParallelDims, timeout_s: float) -> None:
+    """Give every axis' group a time limit.
+
+    A new group takes torch's default of 10 (nccl) or 30 minutes (gloo), not that of the world's
+    group, and torch 2.13 has no public setter for an existing group.
+    """
+    for axis in ("batch", "dp_replicate", "fsdp", "tp"):
+        submesh = dims.get_optional_mesh(axis)
+        if submesh is not None:
+            _set_pg_timeout(timedelta(seconds=timeout_s), submesh.get_group())
 
 
 def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,6 +10,11 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the default group of the moment of their import as a default argument. If some
+# library imports it after the start, they keep that group, and its threads, beyond the end.
+import torch.distributed.nn.functional
+from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -68,9 +74,25 @@ def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Wor
 
 
 def stop_world() -> None:
-    """Leave the process group; does nothing when there is none."""
+    """Leave the process group; does nothing when there is none.
+
+    Call this when model, engine and mesh have gone out of scope: a group that one of them still
+    holds keeps its gloo threads. Such a thread may drop the last reference to a tensor while the
+    interpreter ends, and then aborts the process after all its work was done well
+    (https://github.com/pytorch/pytorch/issues/190489).
+    """
     if dist.is_initialized():
+        # Models hold themselves, and with them their groups, in cycles.
+        gc.collect()
         dist.destroy_process_group()
+        _release_meshes()
+
+
+def _release_meshes() -> None:
+    """Make every mesh let go of its groups; torch's caches of DTensor layouts keep meshes for good."""
+    for candidate in gc.get_objects():
+        if type(candidate) is DeviceMesh:
+            (candidate._root_mesh or candidate)._pg_registry.clear()
 
 
 def _launched() -> bool:

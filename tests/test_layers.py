@@ -24,7 +24,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer.model",),
     ("trainer.concepts", "trainer.objective", "trainer.optim", "trainer.flops", "trainer.metrics"),
     ("trainer.checkpoint",),
-    ("trainer.build", "trainer.step", "trainer.publish", "trainer.stop", "trainer.heartbeat"),
+    (
+        "trainer.build",
+        "trainer.step",
+        "trainer.publish",
+        "trainer.stop",
+        "trainer.heartbeat",
+        "trainer.health",
+    ),
     ("trainer.analysis", "trainer.verify"),
     ("trainer.loop",),
     # Programs: each runs the one training loop or reads what it wrote.

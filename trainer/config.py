@@ -188,6 +188,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HealthConfig:
+    """The ``health:`` section: what a run does about gradients and losses that go wrong."""
+
+    max_skipped_steps: int = 16
+    """Steps in a row with non-finite gradients after which the run ends; each one is skipped by itself."""
+    spike_sigmas: float = 0.0
+    """A loss so many standard deviations above the window's mean is a spike: the run goes back to the
+    checkpoint before it and leaves the batches since then out. 0 is off."""
+    spike_window: int = 128
+    """Steps over which mean and standard deviation are taken; no spike is seen before it is half full."""
+    max_rewinds: int = 8
+    """Rewinds after which the run ends."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_skipped_steps")
+        _at_least(self, 0, "spike_sigmas", "max_rewinds")
+        _at_least(self, 4, "spike_window")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationConfig:
     """The ``validation:`` section."""
 
@@ -257,6 +277,7 @@ class RunConfig:
     concepts: ConceptsConfig | None = None
     sae: SaeConfig | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

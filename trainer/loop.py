@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
@@ -21,6 +21,7 @@ from trainer.checkpoint.policy import CheckpointPolicy
 from trainer.checkpoint.state import RunState, capture_rng, code_version, restore_rng
 from trainer.config import RunConfig
 from trainer.config_io import dump_config, to_dict
+from trainer.health import HealthMonitor, Skipped, Spike
 from trainer.heartbeat import Heartbeat
 from trainer.metrics.logger import MetricsLogger
 from trainer.metrics.sums import ConceptUsage, StepMetrics
@@ -81,13 +82,16 @@ class Loop:
         self.metrics = StepMetrics(parts.objective.means, device)
         concepts = config.concepts if config.objective.name == "cocomix" else None
         self.usage = None if concepts is None else ConceptUsage(concepts.num_concepts, device)
+        self.health = HealthMonitor(config.health)
+        self.code_version = code_version()
         self.last_validation: dict[str, float] = {}
 
     def run(self) -> Outcome:
         """Train until ``train.steps`` or until all ranks agreed to stop; saves before it returns."""
         self.log.start()
-        while self.progress.step < self.config.train.steps:
-            self.one_step()
+        while not self.done():
+            if self.heed(self.one_step()):
+                continue
             self.report_saves(self.checkpointer.poll())
             if self.validation_due():
                 self.run_validation()
@@ -100,8 +104,18 @@ class Loop:
                 self.save(wait=False)
         return self.finish()
 
-    def one_step(self) -> None:
-        """One optimizer step; hands its record over without waiting for the device."""
+    def done(self) -> bool:
+        """Whether all steps are made and the last one is found healthy."""
+        if self.progress.step < self.config.train.steps:
+            return False
+        return not self.heed(self.health.finish())
+
+    def one_step(self) -> Skipped | Spike | None:
+        """One optimizer step; hands its record over without waiting for the device.
+
+        Returns:
+            What was wrong with the step before it, if anything.
+        """
         config, parts, step = self.config, self.parts, self.progress.step
         started = time.perf_counter()
         batch = next(parts.loader)
@@ -122,18 +136,53 @@ class Loop:
             usage=self.usage,
             detail=logged,
         )
+        means: dict[str, Tensor] = {}
+        if logged or self.health.watches_losses:
+            means = self.metrics.reduce(partial(sum_over_ranks, mesh=parts.mesh))
         if logged:
-            values = {**self.reduced_metrics(), "grad_norm": grad_norm}
+            values = {**means, **self.concept_shares(), "grad_norm": grad_norm}
             host = {"lr": lr, "data_wait_s": data_wait_s}
             self.log.submit(step, step * config.tokens_per_step, values, host)
+        loss = means[parts.objective.means[0].name] if self.health.watches_losses else None
+        return self.health.submit(step, grad_norm, loss)
 
-    def reduced_metrics(self) -> dict[str, Tensor]:
-        """The step's metrics over all ranks, still on the device."""
-        mesh = self.parts.mesh
-        values = self.metrics.reduce(partial(sum_over_ranks, mesh=mesh))
-        if self.usage is not None:
-            values |= self.usage.reduce(partial(max_over_ranks, mesh=mesh))
-        return values
+    def concept_shares(self) -> dict[str, Tensor]:
+        """Shares of the dictionary in use since the last record, over all ranks, still on the device."""
+        if self.usage is None:
+            return {}
+        return self.usage.reduce(partial(max_over_ranks, mesh=self.parts.mesh))
+
+    # What can go wrong
+
+    def heed(self, verdict: Skipped | Spike | None) -> bool:
+        """Note a skipped step, go back before a spike; returns whether the run went back."""
+        if isinstance(verdict, Skipped):
+            logger.warning("step %d was skipped: its gradients are not finite", verdict.step)
+            self.log.event("skip", what="non-finite gradients", **asdict(verdict))
+        return isinstance(verdict, Spike) and self.rewind(verdict)
+
+    def rewind(self, spike: Spike) -> bool:
+        """Go back to the newest checkpoint and leave out the batches read since; False if there is none.
+
+        The event's rows, given as ``data.skip``, replay the same run from the start.
+        """
+        self.health.count_rewind(spike)
+        self.report_saves(self.checkpointer.close())
+        saved = self.checkpointer.find_newest()
+        facts = {"what": "loss spike", **asdict(spike)}
+        if saved is None:
+            logger.error("loss spike at step %d, but there is no checkpoint to go back to", spike.step)
+            self.log.event("fault", **facts)
+            return False
+        cursor = self.parts.loader.state_dict()
+        with self.log.paused():
+            state = self.restore(saved)
+        first_row, last_row = state.data["next_row"], cursor["next_row"]
+        self.parts.loader.load_state_dict({**state.data, "next_row": last_row})
+        self.log.rewind(state.step)
+        self.log.event("skip", **facts, resumed_step=state.step, rows=[first_row, last_row])
+        logger.warning("loss spike at step %d: back to step %d without its batches", spike.step, state.step)
+        return True
 
     # When
 
@@ -194,6 +243,8 @@ class Loop:
 
     def save(self, *, wait: bool) -> None:
         """Start a checkpoint of the weights after this step; with ``wait`` it is written on return."""
+        if self.heed(self.health.finish()):
+            return
         step, parts = self.progress.step, self.parts
         if self.progress.saved_step == step:
             return
@@ -202,7 +253,7 @@ class Loop:
                 step=step,
                 tokens=step * self.config.tokens_per_step,
                 data=parts.loader.state_dict(),
-                more={"metrics": self.log.state_dict()},
+                more={"metrics": self.log.state_dict(), "health": self.health.state_dict()},
             )
             self.policy.started(time.time())
             self.checkpointer.save(
@@ -211,7 +262,7 @@ class Loop:
                 state.to_json(),
                 config_text=dump_config(self.config),
                 rank_extra=capture_rng(),
-                info={"code": code_version()},
+                info={"code": self.code_version},
                 loss=self.last_validation.get("loss_ntp") if self.progress.validated_step == step else None,
                 wait=wait,
             )
@@ -224,6 +275,7 @@ class Loop:
         for result in results:
             self.policy.finished(result.seconds)
             if result.error is not None:
+                self.progress.saved_step = -1
                 logger.error("checkpoint of step %d was NOT written: %s", result.step, result.error)
                 self.log.event("fault", step=result.step, what="checkpoint", error=str(result.error))
             else:
@@ -236,6 +288,12 @@ class Loop:
             CheckpointError: its tensors do not fit the model.
             DataError: it was written with other data or another order.
         """
+        state = self.restore(saved)
+        self.log.load_state_dict(state.more["metrics"])
+        self.log.event("resume", step=state.step, world_size=self.parts.world.size)
+
+    def restore(self, saved: SavedRun) -> RunState:
+        """Put weights, optimizer, data cursor, generators and detectors back to a checkpoint's."""
         tensors = self.parts.engine.state_dict()
         self.checkpointer.load(saved, tensors)
         self.parts.engine.load_state_dict(tensors)
@@ -243,15 +301,16 @@ class Loop:
         self.parts.loader.load_state_dict(state.data)
         if saved.rank_extra is not None:
             restore_rng(saved.rank_extra)
-        self.log.load_state_dict(state.more["metrics"])
+        self.health.load_state_dict(state.more["health"])
         self.progress = Progress(step=state.step, saved_step=state.step)
-        self.log.event("resume", step=state.step, world_size=self.parts.world.size)
+        return state
 
     def leave(self) -> Outcome:
         """Save and end before the last step, because a signal or the clock said so."""
         self.save(wait=True)
         reason = self.stop.signal_name or "another rank or the job's end time"
-        self.log.event("preempt", step=self.progress.step, reason=reason)
+        saved = self.progress.saved_step == self.progress.step
+        self.log.event("preempt", step=self.progress.step, reason=reason, saved=saved)
         logger.info("stopped after step %d (%s); the same command goes on", self.progress.step, reason)
         return "stopped"
 

@@ -25,6 +25,7 @@ from trainer.checkpoint.state import check_resume, code_version
 from trainer.checkpoint.store import CheckpointError, CheckpointStore
 from trainer.config import RunConfig
 from trainer.config_io import dump_config, load_config, to_dict
+from trainer.health import TrainingDiverged
 from trainer.heartbeat import Heartbeat, write_status
 from trainer.loop import Loop, Outcome
 from trainer.metrics.console import setup_logging
@@ -83,6 +84,7 @@ def train(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
         run_dir / "checkpoints", keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps
     )
     checkpointer = Checkpointer(store)
+    checkpointer.recover()
     saved = checkpointer.find_newest()
     metrics_logger = build_logger(config, parts, run_dir, 0 if saved is None else saved.checkpoint.step)
     policy = CheckpointPolicy(config.checkpoint, start=time.time(), deadline=slurm_deadline(os.environ))
@@ -101,6 +103,9 @@ def train(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
             publish(config, parts.engine.model, is_main=world.is_main)
         if world.is_main:
             write_status(run_dir, outcome, loop.progress.step)
+    except TrainingDiverged as error:
+        metrics_logger.event("fault", step=loop.progress.step, what="diverged", error=str(error))
+        raise
     finally:
         loop.report_saves(checkpointer.close())
         parts.loader.close()
@@ -132,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         lambda args: run(load_config(RunConfig, args.config, args.overrides)),
         parser,
         argv,
-        errors=(CheckpointError,),
+        errors=(CheckpointError, TrainingDiverged),
         overrides=True,
     )
 

@@ -49,7 +49,7 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shard_folder(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path:
-    """Return a finished folder with chunks of 256 tokens, 4 in a shard. Tests that damage it copy it first."""
+    """Return a finished folder with chunks of 256 tokens, 4 in a shard. Tests that damage it take a copy."""
     out = tmp_path_factory.mktemp("shards") / "small"
     prepare(
         PrepareOptions(

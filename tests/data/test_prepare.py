@@ -146,7 +146,7 @@ def test_killed_at_any_moment_then_continued_gives_the_same_bytes(
 def test_killed_while_several_processes_work(tmp_path: Path) -> None:
     """Catches worker processes that outlive a killed run, and progress that is lost."""
     corpus = tmp_path / "corpus.jsonl"
-    write_jsonl(corpus, make_texts(20000))
+    write_jsonl(corpus, make_texts(8000))
     arguments = ["--input", str(corpus), *ARGUMENTS, "--processes", "2"]
     code = (
         "import sys; from data import prepare; prepare.CHECKPOINT_S = 0; sys.exit(prepare.main(sys.argv[1:]))"
@@ -179,7 +179,7 @@ def _alive(pid: int) -> bool:
 
 def test_finished_folder(
     corpus_file: Path, shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:  # type: ignore[type-arg]
+) -> None:
     """Catches a second run that writes again, or replaces other data without being told to."""
     out = tmp_path / "out"
     assert run(corpus_file, out) == 0
@@ -197,7 +197,7 @@ def test_finished_folder(
 
 def test_foreign_folder_is_left_alone(
     corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:  # type: ignore[type-arg]
+) -> None:
     """Catches --overwrite or a retry that deletes files of somebody else."""
     (tmp_path / "train-000000.tar").write_text("mine")
     for more in ([], ["--overwrite"]):

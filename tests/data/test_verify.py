@@ -9,6 +9,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def test_sound_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def flip(position: int) -> Callable[[Path], None]:
+def flip(position: int) -> Callable[[Path], object]:
     def damage(folder: Path) -> None:
         path = folder / "train-000001.tar"
         raw = bytearray(path.read_bytes())
@@ -44,7 +45,7 @@ def flip(position: int) -> Callable[[Path], None]:
     return damage
 
 
-def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:  # type: ignore[type-arg]
+def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     def damage(folder: Path) -> None:
         body = json.loads((folder / "manifest.json").read_bytes())
         change(body)
@@ -58,7 +59,7 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:3000])
 
 
-DAMAGES: list[tuple[Callable[[Path], None], str]] = [
+DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (flip(512), "train-000001.tar at offset 0: chunk is damaged"),
     (flip(5), "train-000001.tar at offset 0: damaged tar header"),
     (flip(512 + 514 + 3), "train-000001.tar: SHA-256 is not the manifest's"),  # padding
@@ -77,7 +78,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
 def test_damage_is_found(
-    folder: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], message: str
+    folder: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], message: str
 ) -> None:
     """Catches a check that is skipped."""
     damage(folder)
@@ -136,7 +137,7 @@ def test_id_beyond_the_vocabulary(folder: Path) -> None:
 def test_bad_manifest(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
-    change: Callable[[dict], object],  # type: ignore[type-arg]
+    change: Callable[[dict[str, Any]], object],
     message: str,
 ) -> None:
     """Catches a manifest that leads outside its folder or its files."""

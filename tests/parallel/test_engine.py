@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from parallel.config import ParallelConfig
 from parallel.engine import FsdpEngine
@@ -252,12 +253,26 @@ def test_a_state_of_another_model_is_refused_in_one_line() -> None:
     assert "\n" not in run_ranks(_load_foreign, 1)[0]
 
 
+class _Reductions(TorchDispatchMode):
+    """Collects the precisions in which gradients are summed over ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "reduce_scatter" in str(func):
+            self.dtypes |= {leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
 def _precisions(world: World, residual_dtype: torch.dtype | None) -> dict[str, Any]:
     run = ToyRun(world, precision="bf16", residual_dtype=residual_dtype)
     tokens = run.microbatches(0)
-    for index, rows in enumerate(tokens):
-        loss = run.model(rows[:, :-1], rows[:, 1:]) / (ROWS * TOKENS)
-        run.engine.backward(loss, last_microbatch=index == len(tokens) - 1)
+    with _Reductions() as reductions:
+        for index, rows in enumerate(tokens):
+            loss = run.model(rows[:, :-1], rows[:, 1:]) / (ROWS * TOKENS)
+            run.engine.backward(loss, last_microbatch=index == len(tokens) - 1)
     grads = {p.grad.dtype for p in run.model.parameters() if p.grad is not None}
     blocks = {dtypes for block in run.model.blocks for dtypes in block.dtypes}  # type: ignore[union-attr]
     run.engine.step(1e-2)
@@ -267,6 +282,7 @@ def _precisions(world: World, residual_dtype: torch.dtype | None) -> dict[str, A
     return {
         "loss": loss.dtype,
         "grads": grads,
+        "reductions": reductions.dtypes,
         "blocks": blocks,
         "state": {tensor.dtype for tensor in whole.values()},
         "rounded": torch.equal(weight, weight.bfloat16().float()),
@@ -283,6 +299,7 @@ def test_bf16_computes_low_and_keeps_fp32_masters(residual: torch.dtype | None) 
     assert facts["blocks"] == {(stream, stream)}
     assert facts["loss"] == torch.float32
     assert facts["grads"] == {torch.float32}
+    assert facts["reductions"] == {torch.float32}
     assert facts["state"] == {torch.float32}
     assert not facts["rounded"], "an fp32 master of a trained weight is not a bf16 number"
     expected = _train_in_plain_torch()[1:]

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from parallel.collectives import Agreement
 from parallel.world import World, start_world, stop_world
+from tests.parallel.toy import ToyRun
 
 ROOT = Path(__file__).parents[2]
 LAUNCHED = {
@@ -83,6 +85,26 @@ def test_cuda_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     assert not dist.is_initialized()
 
 
+def _threads_after_a_run() -> list[str]:
+    world = start_world("cpu", timeout_s=30)
+
+    def work() -> None:
+        agreement = Agreement(world)
+        agreement.exchange(False, False)
+        ToyRun(world).train(0, 1)
+        agreement.finish()
+
+    work()
+    stop_world()
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+
+def test_no_thread_of_the_group_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches groups that something still holds: their threads abort some runs at interpreter exit."""
+    _set_environment(monkeypatch, {})
+    assert not [name for name in _threads_after_a_run() if "gloo" in name]
+
+
 WORKER = """
 import torch
 import torch.distributed as dist
@@ -91,11 +113,14 @@ from parallel.collectives import sum_over_ranks
 from parallel.mesh import build_mesh
 from parallel.world import start_world, stop_world
 
-world = start_world("cpu", 30)
-mesh = build_mesh(ParallelConfig(), world)
-total = sum_over_ranks(torch.tensor(world.rank + 1), mesh).item()
-if world.is_main:
-    print(world.size, total)
+def work():
+    world = start_world("cpu", 30)
+    mesh = build_mesh(ParallelConfig(), world)
+    total = sum_over_ranks(torch.tensor(world.rank + 1), mesh).item()
+    if world.is_main:
+        print(world.size, total)
+
+work()
 stop_world()
 """
 

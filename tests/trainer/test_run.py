@@ -168,9 +168,7 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_saves_and_says_to_go_on(
-    number: signal.Signals, tiny_world: Path, tmp_path: Path
-) -> None:
+def test_a_signal_saves_and_says_to_go_on(number: signal.Signals, tiny_world: Path, tmp_path: Path) -> None:
     """Catches a signal that loses steps, that leaves no checkpoint or that looks like a failure."""
     run_dir = tmp_path / "run"
     config = tiny_config(tiny_world, run_dir, "ntp", train__steps=100_000, checkpoint__every_steps=0)

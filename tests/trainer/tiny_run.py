@@ -24,7 +24,8 @@ NUM_LATENTS = 37
 def write_tiny_world(root: Path) -> Path:
     """Write ``data/``, ``teacher/`` and ``sae.pt`` below ``root``; returns ``root``."""
     generator = random.Random(0)
-    words = "the cat sat on a mat and saw the dog run over hills far away".split()
+    text = "the cat sat on a mat and saw a dog run over the hills and far away"
+    words = text.split()
     (root / "text").mkdir(parents=True)
     for number in range(40):
         text = " ".join(generator.choices(words, k=generator.randint(40, 160)))
@@ -89,7 +90,7 @@ def tiny_config(world: Path, run_dir: Path, objective: str = "cocomix", **change
         }
     for name, value in changes.items():
         section, key = name.split("__")
-        sections[section][key] = value
+        sections.setdefault(section, {})[key] = value
     return from_dict(RunConfig, sections, "tiny")
 
 
@@ -100,5 +101,3 @@ def with_changes(config: RunConfig, **changes: Any) -> RunConfig:
         section, key = name.split("__")
         sections[section][key] = value
     return from_dict(RunConfig, sections, "changed")
-
-

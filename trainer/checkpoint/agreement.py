@@ -77,6 +77,8 @@ class Ranks:
     def _all_gather(self, outcome: Outcome[T]) -> list[Outcome[T]]:
         if self.size == 1:
             return [outcome]
+        if self.group is None:  # None would mean the default group, which the training uses
+            raise RankLostError(f"rank {self.rank} has left its group")
         outcomes: list[Any] = [None] * self.size
         try:
             dist.all_gather_object(outcomes, outcome, group=self.group)

@@ -336,10 +336,12 @@ def _read_saved(store: CheckpointStore, step: int, rank: int) -> SavedRun:
 
 
 def _load_tensors(path: Path, tensors: dict[str, Any], ranks: Ranks, partial_state: bool) -> None:
+    reader = SafeReader(path)
+    reader.read_metadata()  # refused here, because within load the library logs a traceback and tries again
     with _quiet_single_process(ranks):
         dcp.load(
             tensors,
-            storage_reader=SafeReader(path),
+            storage_reader=reader,
             planner=SafeLoadPlanner(partial_state=partial_state),
             process_group=ranks.group,
             no_dist=ranks.group is None,

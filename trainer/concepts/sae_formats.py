@@ -16,7 +16,6 @@ import json
 import os
 import pickle
 import re
-import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.files import replace_file
 from trainer.concepts.sae import TopKSae
 
 SAELENS_WEIGHTS = "sae_weights.safetensors"
@@ -84,7 +84,7 @@ def save_sae(path: str | os.PathLike[str], sae: TopKSae) -> None:
             f"{target}: normalize=False cannot be written, the published format implies normalize=True"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    _replace_file(target, _published_state(sae))
+    replace_file(target, lambda temporary: torch.save(_published_state(sae), temporary))
 
 
 def check_fits(sae: TopKSae, width: int, num_concepts: int) -> None:
@@ -174,26 +174,6 @@ def _read_pt(path: Path) -> Mapping[str, Any]:
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: holds a {type(state).__name__}, must hold a state dict")
     return state
-
-
-def _replace_file(target: Path, state: Mapping[str, Any]) -> None:
-    """Write next to ``target``, force it to the disk, and only then give it the name."""
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 # --- SAELens --------------------------------------------------------------------------------------

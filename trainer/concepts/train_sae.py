@@ -29,6 +29,7 @@ from trainer.concepts.sae_training import (
 )
 from trainer.config import RunConfig
 from trainer.config_io import ConfigError, load_config
+from trainer.health import TrainingDiverged
 from trainer.main import run
 from trainer.publish import published_path
 
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         lambda args: train_and_measure(load_config(RunConfig, args.config, args.overrides), args.config),
         parser,
         argv,
-        errors=(CheckpointError,),
+        errors=(CheckpointError, TrainingDiverged),
         overrides=True,
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data.files import replace_file
+from data.files import replace_bytes
 
 
 def _json_safe(value: Any) -> Any:
@@ -50,7 +50,7 @@ class JsonLines:
         """Newest object in the file."""
         content = b"".join(line + b"\n" for line, _ in kept)
         if path.exists() and content != path.read_bytes():
-            replace_file(path, lambda temporary: temporary.write_bytes(content))
+            replace_bytes(path, content)
         self._file = path.open("ab", buffering=0)
 
     def write(self, value: dict[str, Any]) -> None:

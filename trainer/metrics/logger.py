@@ -32,7 +32,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -45,6 +45,7 @@ from torch import Tensor
 from trainer.config import LogConfig
 from trainer.metrics.device import memory_peak_bytes
 from trainer.metrics.json_lines import JsonLines
+from trainer.metrics.lagged import LaggedValues
 from trainer.metrics.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
@@ -72,20 +73,6 @@ class TrainingClock:
         self._before, self._started = self.seconds, None
 
 
-def _start_copy(values: Sequence[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Begin to copy 0-dim tensors of one device to one fp64 host vector; the event tells when it is there."""
-    if not values:
-        return torch.empty(0), None
-    vector = torch.stack([value.detach().double().reshape(()) for value in values])
-    if vector.device.type != "cuda":
-        return vector, None
-    host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
-    host.copy_(vector, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return host, arrived
-
-
 @dataclass(slots=True)
 class _Pending:
     """A record that is not written yet; its device values may be on their way."""
@@ -93,16 +80,13 @@ class _Pending:
     step: int
     host: dict[str, Any]
     names: tuple[str, ...] = ()
-    vector: Tensor | None = None
-    arrived: torch.cuda.Event | None = None
+    values: LaggedValues = field(default_factory=lambda: LaggedValues(()))
     validation: dict[str, Any] = field(default_factory=dict)
     rewritten: bool = False
 
     def record(self) -> dict[str, Any]:
         """Wait for the device values and join all keys, ``step`` and ``tokens`` first."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        values = [] if self.vector is None else self.vector.tolist()
+        values = self.values.read()
         axes = {"step": self.step, "tokens": self.host["tokens"], "loss_ntp": None, "loss_concept": None}
         return axes | dict(zip(self.names, values, strict=True)) | self.host | self.validation
 
@@ -161,6 +145,18 @@ class MetricsLogger:
             if config.tensorboard:
                 self._tensorboard = TensorBoard(run_dir / "tb", resume_step + 1)
 
+    def rewind(self, step: int) -> None:
+        """Drop the records of later steps: training goes back to ``step`` in this process."""
+        self._interval_start = (step * self._tokens_per_step, self._clock.seconds)
+        if not self._is_main:
+            return
+        self.flush()
+        self._records.close()
+        self._records = self._open_records(step)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = TensorBoard(self._path.parent / "tb", step + 1)
+
     def _open_records(self, last_step: int) -> JsonLines:
         return JsonLines(self._path, lambda record: record.get("step", math.inf) <= last_step)
 
@@ -205,11 +201,11 @@ class MetricsLogger:
         """
         if not self._is_main:
             return
-        vector, arrived = _start_copy(list(device_values.values()))
+        values = LaggedValues(list(device_values.values()))
         self._write_pending()
         host = {"tokens": tokens, **host_values, **self._throughput(tokens)}
-        host["memory_peak_bytes"] = memory_peak_bytes(torch.device("cpu" if arrived is None else "cuda"))
-        self._pending = _Pending(step, host, tuple(device_values), vector, arrived)
+        host["memory_peak_bytes"] = memory_peak_bytes(torch.device("cuda" if values.on_cuda else "cpu"))
+        self._pending = _Pending(step, host, tuple(device_values), values)
 
     def _throughput(self, tokens: int) -> dict[str, float | None]:
         # Read after the wait for the record before: a host that runs far ahead of its device is paced

@@ -19,7 +19,8 @@ CPU = torch.device("cpu")
 
 
 def _config(tiny_world: Path, **changes: object) -> ConceptsConfig:
-    config = tiny_config(tiny_world, tiny_world / "unused", **{f"concepts__{k}": v for k, v in changes.items()})
+    named = {f"concepts__{key}": value for key, value in changes.items()}
+    config = tiny_config(tiny_world, tiny_world / "unused", **named)
     assert config.concepts is not None
     return config.concepts
 
