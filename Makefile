@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := data parallel trainer launch benchmarks
 LOGDIR ?= runs
+KILLS ?= 100
+FAULTS ?=
 
 # Ranks share few cores in tests: one thread per process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format verify tensorboard clean
+.PHONY: help setup demo test test-slurm faults test-fast check format verify tensorboard clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,11 +31,17 @@ $(STAMP): pyproject.toml
 demo: setup  ## train teacher, SAE and two students from the standard library's text into runs/demo/
 	$(BIN)/python -m launch.demo
 
-test: setup  ## run every test that this machine can run
-	$(PYTEST)
+test: setup  ## run every test but those that start a SLURM cluster
+	$(PYTEST) -m "not slurm"
+
+test-slurm: setup  ## run jobs on a real SLURM on this machine (Debian: apt-get install slurm-wlm munge)
+	$(PYTEST) -m slurm
+
+faults: setup  ## break runs on purpose and count what is lost; KILLS=20 is quicker
+	$(BIN)/python -m benchmarks.faults --kills $(KILLS) $(FAULTS)
 
 test-fast: setup  ## run the tests that neither start ranks nor take long
-	$(PYTEST) -m "not slow and not dist"
+	$(PYTEST) -m "not slow and not dist and not slurm"
 
 check: setup  ## lint, formatting and types
 	$(BIN)/ruff check .
