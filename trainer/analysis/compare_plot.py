@@ -14,7 +14,7 @@ from trainer.analysis.curves import AXES, Axis, Curve, common_budget
 _LABELS = MappingProxyType(
     {
         "tokens": ("training tokens", ""),
-        "flops": ("training FLOPs of the model", "FLOP"),
+        "flops": ("training compute", "FLOP"),
         "seconds": ("training time", "s"),
     }
 )

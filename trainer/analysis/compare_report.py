@@ -18,8 +18,9 @@ CAVEATS = (
     "never beyond them.",
     "A learning-rate schedule ends at its run's last step. Before it the rate is not fully decayed, so a "
     "run that is read before its end looks worse than one planned for that budget.",
-    "FLOPs are the model's, teacher and autoencoder on the fly included. Seconds are those of training "
-    "steps on the machine that ran them, without validation and checkpoints.",
+    "FLOPs are the model's, with a teacher and an autoencoder that run on the fly but not what it took to "
+    "train those two. Seconds are those of training steps on the machine that ran them, without validation "
+    "and checkpoints.",
     "One run each: the spread over seeds is not known, so a small difference may be chance.",
 )
 
