@@ -16,6 +16,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
+# torch 2.13 renamed these two and warns of the old names, which torch 2.11 has alone.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class TensorGroup:
     """One rank's place among the ranks that share a batch; by default it is alone.
 
@@ -51,12 +56,20 @@ class TensorGroup:
         """(B, T, D/tp) columns of every rank -> this rank's part of the sequence, (B, T/tp, D)."""
         return x if self.size == 1 else _ColumnsToSequence.apply(x, self)
 
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the ranks, not differentiable."""
+        if self.size == 1:
+            return x
+        out = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(out, group=self.group)
+        return out
+
     def all_gather(self, x: Tensor) -> Tensor:
         """(...) of every rank -> (tp, ...), not differentiable."""
         if self.size == 1:
             return x.unsqueeze(0)
         out = x.new_empty((self.size, *x.shape))
-        dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
+        _all_gather(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
 
 
@@ -79,14 +92,15 @@ def _gather(x: Tensor, tp: TensorGroup) -> Tensor:
 def _sum_scatter(x: Tensor, tp: TensorGroup) -> Tensor:
     parts = x.unflatten(1, (tp.size, -1)).transpose(0, 1).contiguous()
     out = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(out.view(-1), parts.view(-1), group=tp.group)
+    _reduce_scatter(out.view(-1), parts.view(-1), group=tp.group)
     return out
 
 
 def _exchange(parts: Tensor, tp: TensorGroup) -> Tensor:
     """Part i of every rank goes to rank i; parts (tp, ...) -> (tp, ...)."""
+    parts = parts.contiguous()
     received = torch.empty_like(parts)
-    dist.all_to_all_single(received.view(-1), parts.contiguous().view(-1), group=tp.group)
+    dist.all_to_all_single(received.view(-1), parts.view(-1), group=tp.group)
     return received
 
 

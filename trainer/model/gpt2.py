@@ -18,11 +18,7 @@ from parallel.plan import ParallelPlan
 from parallel.tensor import TensorGroup, local
 from trainer.config import ModelConfig
 from trainer.kernels.lm_head import lm_head_loss
-
-
-PADDING = 64
-"""Vocabulary and dictionary are padded to multiples of this: the tensor cores like it, and up to as many
-tensor-parallel ranks divide it. Padded rows are zero, have no logit and get no gradient."""
+from trainer.model.padding import padded
 
 TENSOR_DIMS = MappingProxyType(
     {
@@ -40,11 +36,6 @@ TENSOR_DIMS = MappingProxyType(
     }
 )
 """The dimension along which tensor parallelism splits a parameter, by the end of its name."""
-
-
-def padded(size: int) -> int:
-    """``size`` rounded up to a multiple of :data:`PADDING`."""
-    return -(-size // PADDING) * PADDING
 
 
 class ConceptSums(NamedTuple):
@@ -98,8 +89,8 @@ class Attention(nn.Module):
         """Attend from all positions of x (B, T, D), or from those of ``read`` only: (B, R, D)."""
         x = self.tp.gather_sequence(x)
         if read is None:
-            projected = self._project(x, slice(None))
-            mixed = F.scaled_dot_product_attention(*projected, is_causal=True)
+            query, key, value = self._project(x, slice(None))
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
             (query,) = self._project(x[:, read], slice(0, 1))
             key, value = self._project(x, slice(1, 3))
@@ -172,9 +163,7 @@ class GPT2(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.lm_head = (
-            None
-            if config.tied_head
-            else nn.Linear(config.d_model, padded(config.vocab_size), bias=False)
+            None if config.tied_head else nn.Linear(config.d_model, padded(config.vocab_size), bias=False)
         )
         self.tp = TensorGroup()
 
@@ -205,7 +194,9 @@ class GPT2(nn.Module):
             index = (input_ids - rows.start).masked_fill(~here, 0)
             found = F.embedding(index, local(self.wte.weight)) * here.unsqueeze(-1)
             tokens = self.tp.sum_to_sequence(found)
-        out: Tensor = tokens + F.embedding(positions.clamp_max(self.config.n_positions - 1), local(self.wpe.weight))
+        # What is appended to make whole parts may lie beyond the last position; nobody reads it.
+        positions = positions.clamp_max(self.config.n_positions - 1)
+        out: Tensor = tokens + F.embedding(positions, local(self.wpe.weight))
         return out
 
     def run_blocks(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -222,8 +213,10 @@ class GPT2(nn.Module):
         )
 
     def head_logits(self, x: Tensor, length: int, *, last_only: bool) -> Tensor:
-        """Next-token logits (B, ``length`` or 1, V) from the last block's output x; not differentiable
-        under tensor parallelism."""
+        """Next-token logits (B, ``length`` or 1, V) from the last block's output x.
+
+        Not differentiable under tensor parallelism: training reads losses.
+        """
         hidden = self.tp.gather_sequence(self.ln_f(x))[:, :length]
         logits = F.linear(hidden[:, -1:] if last_only else hidden, self.head_weight)
         if self.tp.size > 1:
