@@ -7,12 +7,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
 from parallel.plan import ParallelPlan
+from parallel.tensor import TensorGroup
 
 Precision = Literal["fp32", "bf16"]
 
@@ -40,6 +42,8 @@ def apply_parallel(
     Raises:
         ValueError: The plan names a module that the model does not have.
     """
+    if mesh.tp is not None:
+        _split_tensors(model, plan, mesh.tp, tensor_group(mesh))
     policy = _mixed_precision(precision)
     modules = dict(model.named_modules())
     for name in plan.fsdp_units:
@@ -59,6 +63,34 @@ def apply_parallel(
         # is the same and needs no scaling kernel either.
         unit.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def tensor_group(mesh: Mesh) -> TensorGroup:
+    """The ranks that compute one share of the batch together."""
+    return TensorGroup(None if mesh.tp is None else mesh.tp.get_group())
+
+
+def _split_tensors(model: nn.Module, plan: ParallelPlan, tp: DeviceMesh, group: TensorGroup) -> None:
+    """Make every parameter a DTensor over the tensor-parallel ranks, and tell the modules who they are.
+
+    Also those that stay whole: clipping and checkpoints want all parameters on one mesh.
+    """
+    for key, size in plan.tensor_divides.items():
+        if size % tp.size():
+            raise ValueError(f"parallel.tp={tp.size()} must divide {key}={size}")
+    for module_name, module in model.named_modules():
+        if hasattr(module, "tp"):
+            module.tp = group
+        for name, parameter in module.named_parameters(recurse=False):
+            dim = _split_dim(plan, f"{module_name}.{name}")
+            placement = Replicate() if dim is None else Shard(dim)
+            sharded = distribute_tensor(parameter, tp, [placement], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(sharded))
+
+
+def _split_dim(plan: ParallelPlan, name: str) -> int | None:
+    dims = [dim for end, dim in plan.tensor_dims.items() if f".{name}".endswith(f".{end}")]
+    return dims[0] if dims else None
 
 
 def _mixed_precision(precision: Precision) -> MixedPrecisionPolicy:
@@ -156,6 +188,7 @@ def _write(name: str, target: Tensor, full: Tensor) -> None:
         target.copy_(full)
         return
     local = full.detach().to(device=target.device, dtype=target.dtype)
-    # Without a source rank each rank cuts its shard from its own copy: no communication.
-    shard = distribute_tensor(local, target.device_mesh, target.placements, src_data_rank=None)
-    target.to_local().copy_(shard.to_local())
+    # Each rank cuts its shard from its own copy, which costs no communication. (distribute_tensor
+    # does not know the strided shards of FSDP over tensor parallelism.)
+    whole = DTensor.from_local(local, target.device_mesh, [Replicate()] * target.device_mesh.ndim)
+    target.to_local().copy_(whole.redistribute(placements=target.placements).to_local())

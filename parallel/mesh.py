@@ -33,6 +33,9 @@ class Mesh:
     dp_group: dist.ProcessGroup | None
     """Group of all data-parallel ranks; None when there is only one."""
 
+    tp: DeviceMesh | None
+    """1-D mesh of the tensor-parallel group; None when it is one rank."""
+
 
 def build_mesh(config: ParallelConfig, world: World) -> Mesh:
     """Lay the ranks out on the axes; a collective over all ranks.
@@ -65,6 +68,7 @@ def build_mesh(config: ParallelConfig, world: World) -> Mesh:
         tp_size=config.tp,
         fsdp=dims.get_mesh(["dp_replicate", "fsdp"] if config.dp_replicate > 1 else "fsdp"),
         dp_group=batch.get_group() if batch else None,
+        tp=tp,
     )
     return mesh
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -12,3 +13,10 @@ class ParallelPlan:
     fsdp_units: tuple[str, ...]
     """Modules whose weights are gathered, and whose gradients are reduced, together; in forward
     order. What no unit holds belongs to the root, which is the last unit."""
+
+    tensor_dims: Mapping[str, int] = field(default_factory=dict)
+    """Dimension along which tensor-parallel ranks split a parameter, by the end of its name; every
+    other parameter is whole on each of them."""
+
+    tensor_divides: Mapping[str, int] = field(default_factory=dict)
+    """Sizes, by the key of the configuration, that the tensor-parallel ranks must divide."""

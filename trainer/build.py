@@ -10,7 +10,7 @@ from torch import nn
 
 from data.loader import TokenLoader, open_manifest
 from data.manifest import Manifest
-from parallel.apply import apply_parallel, materialize
+from parallel.apply import apply_parallel, materialize, tensor_group
 from parallel.engine import Engine, FsdpEngine
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import World
@@ -19,8 +19,10 @@ from trainer.concepts.sae_training import SaeLearner, init_sae_parameter
 from trainer.config import RunConfig
 from trainer.flops import FlopsPerToken, SaeShape, TeacherShape, flops_per_token, sae_flops_per_token
 from trainer.model.cocomix import CoCoMix
+from trainer.model.formats import Layout
 from trainer.model.gpt2 import GPT2
 from trainer.model.init import initial_value
+from trainer.model.padding import PADDING
 from trainer.objective import CoCoMixLoss, NextToken, Objective, SaeLoss
 from trainer.optim import build_optimizer
 
@@ -50,7 +52,8 @@ def build_parts(config: RunConfig, world: World) -> Parts:
     _check_batch(config, mesh)
     manifest = open_manifest(config.data)
     _check_vocabulary(config, manifest)
-    model, objective, flops = _build_objective(config, world.device, manifest)
+    _check_tensor_parallel(config)
+    model, objective, flops = _build_objective(config, world.device, mesh, manifest)
     engine = _build_engine(config, mesh, model, world.device)
     loader = TokenLoader(
         config.data,
@@ -70,6 +73,16 @@ def _check_batch(config: RunConfig, mesh: Mesh) -> None:
         )
 
 
+def _check_tensor_parallel(config: RunConfig) -> None:
+    tp = config.parallel.tp
+    if tp > 1 and config.objective.name == "sae":
+        raise ValueError(f"parallel.tp={tp} must be 1 with objective.name=sae")
+    if PADDING % tp:
+        raise ValueError(f"parallel.tp={tp} must divide {PADDING}, the padding of vocabulary and dictionary")
+    if config.data.seq_len % tp:
+        raise ValueError(f"parallel.tp={tp} must divide data.seq_len={config.data.seq_len}")
+
+
 def _check_vocabulary(config: RunConfig, manifest: Manifest) -> None:
     vocab_size = manifest.tokenizer.vocab_size
     if config.model is not None and config.objective.name != "sae" and vocab_size > config.model.vocab_size:
@@ -80,7 +93,7 @@ def _check_vocabulary(config: RunConfig, manifest: Manifest) -> None:
 
 
 def _build_objective(
-    config: RunConfig, device: torch.device, manifest: Manifest
+    config: RunConfig, device: torch.device, mesh: Mesh, manifest: Manifest
 ) -> tuple[nn.Module, Objective, FlopsPerToken]:
     """Model on the meta device, its objective and the FLOPs per token."""
     if config.objective.name == "sae":
@@ -92,7 +105,7 @@ def _build_objective(
             trunk = GPT2(config.model)
         return trunk, NextToken(), flops_per_token(config.model, None, seq_len)
     assert config.concepts is not None
-    extractor = TargetExtractor.load(config.concepts, device)
+    extractor = TargetExtractor.load(config.concepts, device, tensor_group(mesh))
     sizes = extractor.teacher.config
     check_vocabulary(extractor.teacher, manifest.tokenizer.vocab_size, seq_len, config.concepts.teacher)
     with torch.device("meta"):
@@ -128,6 +141,12 @@ def _build_engine(config: RunConfig, mesh: Mesh, model: nn.Module, device: torch
         init = partial(init_sae_parameter, seed=config.run.seed)
     else:
         assert config.model is not None
-        init = partial(initial_value, seed=config.run.seed, n_layer=config.model.n_layer)
+        assert isinstance(model, GPT2)
+        init = partial(
+            initial_value,
+            seed=config.run.seed,
+            n_layer=config.model.n_layer,
+            real_rows=Layout.of(model).real_rows,
+        )
     materialize(model, device, init)
     return FsdpEngine(model, build_optimizer(model, config.optim), mesh, config.optim.clip_norm)

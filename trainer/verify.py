@@ -26,7 +26,7 @@ from trainer.concepts.sae_formats import check_fits, load_sae
 from trainer.config import ConceptsConfig, ModelConfig
 from trainer.kernels.reference import IGNORED_LABEL
 from trainer.model.cocomix import CoCoMix
-from trainer.model.formats import load_weights, read_tensors, to_hf
+from trainer.model.formats import Layout, load_weights, read_tensors, to_hf
 from trainer.model.gpt2 import GPT2
 
 ABSOLUTE_TOLERANCE = 2e-5
@@ -161,7 +161,9 @@ def student_quantities(golden: Golden) -> dict[str, Tensor]:
     loss_concept = out.loss_concept / golden.input_ids.numel()
     total = loss_ntp + golden.concept_weight * loss_concept
     total.backward()
-    grads = to_hf({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    grads = to_hf(
+        {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, Layout.of(student)
+    )
     return {
         "student.logits": logits,
         "student.concept_logits": concept_logits,

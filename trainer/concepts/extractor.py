@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from parallel.tensor import TensorGroup
 from trainer.concepts.attribution import attribution, residual_and_gradient, select_targets
 from trainer.concepts.sae import TopKSae
 from trainer.concepts.sae_formats import check_fits, load_sae
 from trainer.config import ConceptsConfig
+from trainer.kernels.reference import MASKED_TARGET
 from trainer.model.formats import load_model
 from trainer.model.gpt2 import GPT2
 
@@ -45,6 +47,20 @@ def check_vocabulary(teacher: GPT2, vocab_size: int, seq_len: int, path: str) ->
         )
 
 
+MAX_PACKED_ID = 2**16 - 2
+
+
+def pack_ids(targets: Tensor) -> Tensor:
+    """Target ids (..., A), ``MASKED_TARGET`` included, as two bytes each: (..., 2A) uint8."""
+    return targets.to(torch.int16).view(torch.uint8)
+
+
+def unpack_ids(packed: Tensor) -> Tensor:
+    """Inverse of :func:`pack_ids`, int64; two bytes hold ids up to ``MAX_PACKED_ID``."""
+    ids = packed.view(torch.int16).long() & 0xFFFF
+    return ids.masked_fill(ids == 0xFFFF, MASKED_TARGET)
+
+
 class TargetExtractor:
     """Attribution-selected concept targets of a batch of tokens.
 
@@ -52,15 +68,21 @@ class TargetExtractor:
         teacher: frozen GPT-2 on the device of the run.
         sae: its TopK sparse autoencoder, same device.
         config: layer, number of targets, ranking and masking.
+        tp: ranks that hold the same tokens; each of them extracts a share of the rows.
     """
 
-    def __init__(self, teacher: GPT2, sae: TopKSae, config: ConceptsConfig) -> None:
+    def __init__(
+        self, teacher: GPT2, sae: TopKSae, config: ConceptsConfig, tp: TensorGroup | None = None
+    ) -> None:
+        self.tp = tp or TensorGroup()
         self.teacher = teacher
         self.sae = sae
         self.config = config
 
     @classmethod
-    def load(cls, config: ConceptsConfig, device: torch.device) -> TargetExtractor:
+    def load(
+        cls, config: ConceptsConfig, device: torch.device, tp: TensorGroup | None = None
+    ) -> TargetExtractor:
         """Read teacher and SAE from the paths in ``config`` and check that they fit together.
 
         Raises:
@@ -72,7 +94,8 @@ class TargetExtractor:
         check_fits(sae, teacher.config.d_model, config.num_concepts)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         # The SAE stays fp32: its K-th and (K+1)-th pre-activations are closer than bf16 can tell.
-        return cls(teacher.to(device=device, dtype=dtype), sae.to(device=device, dtype=torch.float32), config)
+        sae = sae.to(device=device, dtype=torch.float32)
+        return cls(teacher.to(device=device, dtype=dtype), sae, config, tp)
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -80,8 +103,18 @@ class TargetExtractor:
 
         Returns:
             (B, T, A) int64 ids, best first, ``MASKED_TARGET`` where no active latent has a positive
-            attribution (unless ``concepts.mask_non_positive`` is off).
+            attribution (unless ``concepts.mask_non_positive`` is off). The same on all ranks of ``tp``.
         """
+        if self.tp.size == 1:
+            return self._extract(input_ids, labels)
+        num_rows = input_ids.shape[0]
+        share = -(-num_rows // self.tp.size)
+        rows = torch.arange(self.tp.rank * share, (self.tp.rank + 1) * share, device=input_ids.device)
+        rows = rows.clamp_max(num_rows - 1)  # where the ranks do not divide them, the last one is repeated
+        mine = self._extract(input_ids[rows], labels[rows])
+        return unpack_ids(self.tp.all_gather(pack_ids(mine))).flatten(0, 1)[:num_rows]
+
+    def _extract(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         residual = residual_and_gradient(self.teacher, input_ids, labels, self.config.sae_layer)
         values, ids = self.sae.encode(residual.x.float())
         scores = attribution(residual.grad.float(), values, ids, self.sae.decoder)

@@ -62,12 +62,13 @@ class CoCoMix(GPT2):
             last_only: logits of the last position only.
             with_ranks: rank the targets among all concepts (for metrics).
         """
-        h = self.run_blocks(self.embed(input_ids), 0, self.insert_layer)
+        length = input_ids.shape[1]
+        h = self.run_blocks(self.embed(self.whole_parts(input_ids)), 0, self.insert_layer)
         q, head = self.mixer(h, targets, with_ranks=with_ranks)
         last = self.config.n_layer - 1
         x = self.run_blocks(interleave(h, q), self.insert_layer, last)
         x = self.blocks[last](x, CONCEPT_POSITIONS)
-        out = self.read_out(x, labels, last_only=last_only)
+        out = self.read_out(x, labels, length, last_only=last_only)
         return out._replace(
             loss_concept=None if targets is None else head.loss, concepts=_count(head, targets)
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from parallel.tensor import TensorGroup, local
 from trainer.config import ConceptsConfig
 from trainer.kernels.concept_head import ConceptHeadOutput, concept_head
 from trainer.kernels.sparse import sparse_decode
+from trainer.model.padding import padded
 
 _STD_EPS = 1e-5  # added to the standard deviation, not to the variance: as in the published SAEs
 
@@ -22,10 +24,12 @@ class ConceptMixer(nn.Module):
     def __init__(self, d_model: int, config: ConceptsConfig) -> None:
         super().__init__()
         self.top_k = config.top_k
+        self.num_concepts = config.num_concepts
         self.pre_bias = nn.Parameter(torch.empty(d_model))
-        self.predict = nn.Linear(d_model, config.num_concepts)
-        self.compress_weight = nn.Parameter(torch.empty(config.num_concepts, d_model))
+        self.predict = nn.Linear(d_model, padded(config.num_concepts))
+        self.compress_weight = nn.Parameter(torch.empty(padded(config.num_concepts), d_model))
         self.compress_bias = nn.Parameter(torch.empty(d_model))
+        self.tp = TensorGroup()
 
     def standardize(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per token (h - mean) / (std + eps) - pre_bias with the unbiased std; h (B, T, D).
@@ -35,7 +39,7 @@ class ConceptMixer(nn.Module):
         h = h.float()
         mean = h.mean(-1, keepdim=True)
         std = h.std(-1, keepdim=True)
-        return (h - mean) / (std + _STD_EPS) - self.pre_bias.float(), mean, std
+        return (h - mean) / (std + _STD_EPS) - local(self.pre_bias).float(), mean, std
 
     def forward(
         self, h: Tensor, targets: Tensor | None, *, with_ranks: bool = False
@@ -51,21 +55,26 @@ class ConceptMixer(nn.Module):
             q (B, T, D) in the dtype of h, and the head's output over B*T rows.
         """
         u, mean, std = self.standardize(h)
-        weight = self.predict.weight
+        weight, compress = local(self.predict.weight), local(self.compress_weight)
+        rows = self.tp.gather_sequence(u.to(weight.dtype))
         head = concept_head(
-            u.flatten(0, 1).to(weight.dtype),
+            rows.flatten(0, 1),
             weight,
-            self.predict.bias,
+            local(self.predict.bias),
             None if targets is None else targets.flatten(0, 1),
             self.top_k,
+            num_concepts=self.num_concepts,
+            tp=self.tp,
             with_ranks=with_ranks,
         )
-        mixed = sparse_decode(head.values, head.ids, self.compress_weight).view_as(h).float()
-        q = (mixed + self.compress_bias.float() + self.pre_bias.float()) * std + mean
+        columns = sparse_decode(head.values, head.ids, compress).view(*rows.shape[:2], -1)
+        mixed = self.tp.columns_to_sequence(columns).float()
+        bias = local(self.compress_bias).float() + local(self.pre_bias).float()
+        q = (mixed + bias) * std + mean
         return q.to(h.dtype), head
 
     def logits(self, h: Tensor) -> Tensor:
         """All concept logits (B, T, M) of h (B, T, D), for inspection; training never forms them."""
         u, _, _ = self.standardize(h)
         out: Tensor = self.predict(u.to(self.predict.weight.dtype))
-        return out
+        return out[..., : self.num_concepts]

@@ -1,7 +1,6 @@
 """Weights in and out: Hugging Face's GPT-2 layout, and the authors' CoCoMix layout on top of it.
 
-Both store linear weights of the blocks as (in, out); here they are (out, in). The authors' compress
-weight is (D, M); here it is (M, D). A model folder holds ``model.safetensors`` and ``config.json``.
+A model folder holds ``model.safetensors`` and ``config.json``.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from data.files import replace_file, replace_text
 from trainer.config import ConceptsConfig, ModelConfig
 from trainer.model.cocomix import CoCoMix
 from trainer.model.gpt2 import GPT2
+from trainer.model.padding import padded
 
 _BLOCK = {
     "ln_1.weight": "ln_1.weight",
@@ -63,25 +63,73 @@ def hf_name(name: str) -> str:
     return _TOP[name]
 
 
-def to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A full state dict of :class:`GPT2` or :class:`CoCoMix` in the published layout."""
-    return {
-        hf_name(name): (tensor.t() if _TRANSPOSED.search(name) else tensor).contiguous()
-        for name, tensor in state.items()
-    }
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a model's parameters are stored here and in published files.
+
+    Published linear weights of the blocks are (in, out), here (out, in); queries, keys and values stand
+    one after the other, here head by head; vocabulary and dictionary are not padded; the authors'
+    compress weight is (D, M), here (M, D).
+    """
+
+    config: ModelConfig
+    num_concepts: int = 0
+
+    @classmethod
+    def of(cls, model: GPT2) -> Layout:
+        """The layout of a model."""
+        concepts = model.mixer.num_concepts if isinstance(model, CoCoMix) else 0
+        return cls(model.config, concepts)
+
+    def publish(self, name: str, tensor: Tensor) -> Tensor:
+        """A parameter, or its gradient, as published files hold it."""
+        if rows := self.real_rows.get(name):
+            tensor = tensor[:rows]
+        if ".attn.qkv." in name:
+            tensor = tensor.unflatten(0, (self.config.n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
+        return (tensor.t() if _TRANSPOSED.search(name) else tensor).contiguous()
+
+    def adopt(self, name: str, published: Tensor) -> Tensor:
+        """Inverse of :meth:`publish`; raises ``ValueError`` when the shape is not the model's."""
+        tensor = published.t() if _TRANSPOSED.search(name) and published.ndim == 2 else published
+        if rows := self.real_rows.get(name):
+            if len(tensor) != rows:
+                raise ValueError(f"{len(tensor)} rows instead of {rows}")
+            missing = padded(rows) - rows
+            tensor = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+        if ".attn.qkv." in name:
+            if len(tensor) % (3 * self.config.n_head):
+                raise ValueError(f"{len(tensor)} features cannot be 3 x n_head={self.config.n_head} parts")
+            tensor = tensor.unflatten(0, (3, self.config.n_head, -1)).transpose(0, 1).flatten(0, 2)
+        return tensor.contiguous()
+
+    @property
+    def real_rows(self) -> dict[str, int]:
+        """Rows that are not padding, of each parameter that has padding behind them."""
+        vocabulary = dict.fromkeys(("wte.weight", "lm_head.weight"), self.config.vocab_size)
+        names = ("mixer.predict.weight", "mixer.predict.bias", "mixer.compress_weight")
+        return vocabulary | dict.fromkeys(names, self.num_concepts)
 
 
-def from_hf(tensors: Mapping[str, Tensor], names: Iterable[str], source: str) -> dict[str, Tensor]:
+def to_hf(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """A full state dict of :class:`GPT2` or :class:`CoCoMix` under published names."""
+    return {hf_name(name): layout.publish(name, tensor) for name, tensor in state.items()}
+
+
+def from_hf(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], layout: Layout, source: str
+) -> dict[str, Tensor]:
     """Published tensors under this project's names.
 
     Args:
         tensors: by published name, with or without ``transformer.``; attention mask buffers and a
             copy of the tied head are ignored.
-        names: the parameters that the model has.
+        shapes: the model's parameters.
+        layout: of the model.
         source: file named in errors.
 
     Raises:
-        ValueError: a parameter is missing, or a tensor is left over.
+        ValueError: a parameter is missing or has another shape, or a tensor is left over.
     """
     left = {
         name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
@@ -89,12 +137,22 @@ def from_hf(tensors: Mapping[str, Tensor], names: Iterable[str], source: str) ->
         if not _MASK_BUFFERS.search(name)
     }
     state = {}
-    for name in names:
+    for name, shape in shapes.items():
         published = hf_name(name)
         if published not in left:
             raise ValueError(f"{source}: tensor {published} is missing")
         tensor = left.pop(published)
-        state[name] = tensor.t().contiguous() if _TRANSPOSED.search(name) else tensor
+        try:
+            state[name] = layout.adopt(name, tensor)
+            fits = state[name].shape == shape
+        except ValueError:
+            fits = False
+        if not fits:
+            expected = layout.publish(name, torch.empty(shape, device="meta")).shape
+            raise ValueError(
+                f"{source}: tensor {published} has shape {tuple(tensor.shape)}, "
+                f"the sizes of the model ask for {tuple(expected)}"
+            )
     left.pop("lm_head.weight", None)
     if left:
         raise ValueError(f"{source}: {len(left)} tensors are of no use here, the first is {min(left)}")
@@ -202,14 +260,8 @@ def model_config(folder: ModelFolder) -> ModelConfig:
 
 def load_weights(model: GPT2, tensors: Mapping[str, Tensor], source: str) -> None:
     """Put published tensors into an unsharded model, in place; raises ``ValueError`` on a wrong shape."""
-    state = from_hf(tensors, [name for name, _ in model.named_parameters()], source)
-    for name, parameter in model.named_parameters():
-        if state[name].shape != parameter.shape:
-            raise ValueError(
-                f"{source}: tensor {hf_name(name)} has shape {tuple(state[name].shape)}, "
-                f"config.json asks for {tuple(parameter.shape)}"
-            )
-    model.load_state_dict(state, assign=True)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    model.load_state_dict(from_hf(tensors, shapes, Layout.of(model), source), assign=True)
 
 
 def load_model(path: str | Path) -> GPT2:
@@ -260,8 +312,9 @@ def save_model(
 ) -> None:
     """Write ``model.safetensors`` and ``config.json``; each appears whole, the weights last."""
     folder.mkdir(parents=True, exist_ok=True)
+    layout = Layout(config, 0 if concepts is None else concepts.num_concepts)
     replace_text(folder / "config.json", json.dumps(published_config(config, concepts), indent=2) + "\n")
     replace_file(
         folder / "model.safetensors",
-        lambda path: save_file(to_hf(state), str(path), metadata={"format": "pt"}),
+        lambda path: save_file(to_hf(state, layout), str(path), metadata={"format": "pt"}),
     )

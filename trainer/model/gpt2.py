@@ -7,6 +7,7 @@ D width, H heads, V vocabulary.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parallel.plan import ParallelPlan
+from parallel.tensor import TensorGroup, local
 from trainer.config import ModelConfig
 from trainer.kernels.lm_head import lm_head_loss
+from trainer.model.padding import padded
+
+TENSOR_DIMS = MappingProxyType(
+    {
+        "wte.weight": 0,
+        "lm_head.weight": 0,
+        "attn.qkv.weight": 0,
+        "attn.qkv.bias": 0,
+        "attn.proj.weight": 1,
+        "mlp.fc.weight": 0,
+        "mlp.fc.bias": 0,
+        "mlp.proj.weight": 1,
+        "mixer.predict.weight": 0,
+        "mixer.predict.bias": 0,
+        "mixer.compress_weight": 1,
+    }
+)
+"""The dimension along which tensor parallelism splits a parameter, by the end of its name."""
 
 
 class ConceptSums(NamedTuple):
@@ -43,34 +63,51 @@ class ModelOutput(NamedTuple):
     concepts: ConceptSums | None = None
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the width; every tensor-parallel rank normalises its part of the sequence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> (..., D)."""
+        return F.layer_norm(x, self.normalized_shape, local(self.weight), local(self.bias), self.eps)
+
+
 class Attention(nn.Module):
-    """Causal multi-head self-attention with one fused projection for queries, keys and values."""
+    """Causal multi-head self-attention with one fused projection for queries, keys and values.
+
+    The rows of the fused weight are ordered (head, query/key/value, feature), so that a contiguous part
+    of them is a number of whole heads.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_head = config.n_head
+        self.head_dim = config.d_model // config.n_head
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.proj = nn.Linear(config.d_model, config.d_model)
+        self.tp = TensorGroup()
 
     def forward(self, x: Tensor, read: slice | None = None) -> Tensor:
         """Attend from all positions of x (B, T, D), or from those of ``read`` only: (B, R, D)."""
+        x = self.tp.gather_sequence(x)
         if read is None:
-            query, key, value = map(self._split_heads, self.qkv(x).chunk(3, dim=-1))
+            query, key, value = self._project(x, slice(None))
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
-            width = x.shape[-1]
-            weight, bias = self.qkv.weight, self.qkv.bias
-            query = self._split_heads(F.linear(x[:, read], weight[:width], bias[:width]))
-            key, value = map(self._split_heads, F.linear(x, weight[width:], bias[width:]).chunk(2, dim=-1))
+            (query,) = self._project(x[:, read], slice(0, 1))
+            key, value = self._project(x, slice(1, 3))
             position = torch.arange(x.shape[1], device=x.device)
             mask = position <= position[read].unsqueeze(1)
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
-        return out
+        partial = F.linear(mixed.transpose(1, 2).flatten(2), local(self.proj.weight))
+        return self.tp.sum_to_sequence(partial) + local(self.proj.bias)
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, H, T, D/H)."""
-        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+    def _project(self, x: Tensor, which: slice) -> tuple[Tensor, ...]:
+        """Queries, keys and values, or those of ``which``: each (B, H/tp, T, D/H)."""
+        by_kind = (-1, 3, self.head_dim)
+        weight = local(self.qkv.weight).unflatten(0, by_kind)[:, which].flatten(0, 2)
+        bias = local(self.qkv.bias).unflatten(0, by_kind)[:, which].flatten()
+        kinds = len(range(3)[which])
+        out = F.linear(x, weight, bias).unflatten(-1, (-1, kinds, self.head_dim))
+        return out.permute(3, 0, 2, 1, 4).unbind(0)
 
 
 class MLP(nn.Module):
@@ -80,11 +117,14 @@ class MLP(nn.Module):
         super().__init__()
         self.fc = nn.Linear(config.d_model, 4 * config.d_model)
         self.proj = nn.Linear(4 * config.d_model, config.d_model)
+        self.tp = TensorGroup()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., D) -> (..., D)."""
-        out: Tensor = self.proj(F.gelu(self.fc(x), approximate="tanh"))
-        return out
+        """x: (B, T, D) -> (B, T, D)."""
+        x = self.tp.gather_sequence(x)
+        inner = F.gelu(F.linear(x, local(self.fc.weight), local(self.fc.bias)), approximate="tanh")
+        partial = F.linear(inner, local(self.proj.weight))
+        return self.tp.sum_to_sequence(partial) + local(self.proj.bias)
 
 
 class Block(nn.Module):
@@ -92,9 +132,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.ln_1 = LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.ln_2 = LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, read: slice | None = None) -> Tensor:
@@ -118,26 +158,45 @@ class GPT2(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        self.wte = nn.Embedding(padded(config.vocab_size), config.d_model)
         self.wpe = nn.Embedding(config.n_positions, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.lm_head = None if config.tied_head else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.ln_f = LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.lm_head = (
+            None if config.tied_head else nn.Linear(config.d_model, padded(config.vocab_size), bias=False)
+        )
+        self.tp = TensorGroup()
 
     @property
     def plan(self) -> ParallelPlan:
         """Each block is one FSDP unit; embeddings, head and what a subclass adds belong to the root."""
-        return ParallelPlan(fsdp_units=tuple(f"blocks.{i}" for i in range(self.config.n_layer)))
+        return ParallelPlan(
+            fsdp_units=tuple(f"blocks.{i}" for i in range(self.config.n_layer)),
+            tensor_dims=TENSOR_DIMS,
+            tensor_divides={"model.n_head": self.config.n_head},
+        )
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, D) weight of the LM head."""
-        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+        """(V, D) weight of the LM head, V padded; under tensor parallelism this rank's rows."""
+        return local(self.wte.weight if self.lm_head is None else self.lm_head.weight)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids: (B, T) int64 -> residual stream before block 0, (B, T, D)."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        out: Tensor = self.wte(input_ids) + self.wpe(positions)
+        length = input_ids.shape[1]
+        mine = self.tp.split(length)
+        positions = torch.arange(mine.start, mine.stop, device=input_ids.device)
+        if self.tp.size == 1:
+            tokens = F.embedding(input_ids, self.wte.weight)
+        else:
+            rows = self.tp.split(padded(self.config.vocab_size))
+            here = (input_ids >= rows.start) & (input_ids < rows.stop)
+            index = (input_ids - rows.start).masked_fill(~here, 0)
+            found = F.embedding(index, local(self.wte.weight)) * here.unsqueeze(-1)
+            tokens = self.tp.sum_to_sequence(found)
+        # What is appended to make whole parts may lie beyond the last position; nobody reads it.
+        positions = positions.clamp_max(self.config.n_positions - 1)
+        out: Tensor = tokens + F.embedding(positions, local(self.wpe.weight))
         return out
 
     def run_blocks(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -148,17 +207,33 @@ class GPT2(nn.Module):
 
     def head_loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """Summed cross entropy in nats from the last block's output x (B, T, D) and labels (B, T)."""
-        hidden = self.ln_f(x)
-        return lm_head_loss(hidden.flatten(0, 1), self.head_weight, labels.flatten())
+        hidden = self.tp.gather_sequence(self.ln_f(x))
+        return lm_head_loss(
+            hidden.flatten(0, 1), self.head_weight, labels.flatten(), self.config.vocab_size, self.tp
+        )
 
-    def head_logits(self, x: Tensor, *, last_only: bool) -> Tensor:
-        """Next-token logits (B, T or 1, V) from the last block's output x (B, T, D)."""
-        return F.linear(self.ln_f(x[:, -1:] if last_only else x), self.head_weight)
+    def head_logits(self, x: Tensor, length: int, *, last_only: bool) -> Tensor:
+        """Next-token logits (B, ``length`` or 1, V) from the last block's output x.
 
-    def read_out(self, x: Tensor, labels: Tensor | None, *, last_only: bool) -> ModelOutput:
-        """Loss where there are labels, logits where there are none."""
+        Not differentiable under tensor parallelism: training reads losses.
+        """
+        hidden = self.tp.gather_sequence(self.ln_f(x))[:, :length]
+        logits = F.linear(hidden[:, -1:] if last_only else hidden, self.head_weight)
+        if self.tp.size > 1:
+            logits = self.tp.all_gather(logits).movedim(0, -2).flatten(-2)
+        return logits[..., : self.config.vocab_size]
+
+    def whole_parts(self, input_ids: Tensor) -> Tensor:
+        """input_ids (B, T) with zeros behind, so that tensor-parallel ranks get equal parts.
+
+        Causality keeps what is appended from changing anything before it.
+        """
+        return F.pad(input_ids, (0, -input_ids.shape[1] % self.tp.size))
+
+    def read_out(self, x: Tensor, labels: Tensor | None, length: int, *, last_only: bool) -> ModelOutput:
+        """Loss where there are labels, logits of the first ``length`` positions where there are none."""
         if labels is None:
-            return ModelOutput(logits=self.head_logits(x, last_only=last_only))
+            return ModelOutput(logits=self.head_logits(x, length, last_only=last_only))
         return ModelOutput(loss_ntp=self.head_loss(x, labels))
 
     def forward(
@@ -167,12 +242,14 @@ class GPT2(nn.Module):
         """Summed loss of ``labels``, or logits without them.
 
         Args:
-            input_ids: (B, T) int64, T at most ``config.n_positions``.
+            input_ids: (B, T) int64, T at most ``config.n_positions``; with labels a multiple of the
+                tensor-parallel ranks.
             labels: (B, T) int64, the next token of each position, ``IGNORED_LABEL`` for none.
             last_only: logits of the last position only, (B, 1, V).
         """
-        x = self.run_blocks(self.embed(input_ids), 0, self.config.n_layer)
-        return self.read_out(x, labels, last_only=last_only)
+        length = input_ids.shape[1]
+        x = self.run_blocks(self.embed(self.whole_parts(input_ids)), 0, self.config.n_layer)
+        return self.read_out(x, labels, length, last_only=last_only)
 
     def residual_after(self, input_ids: Tensor, layer: int) -> Tensor:
         """Residual stream after block ``layer`` (0-based), (B, T, D)."""

@@ -42,7 +42,7 @@ def test_lm_head_equals_dense_cross_entropy_with_ignored_labels() -> None:
     weight = _random(101, 16, seed=1).float().requires_grad_()
     labels = torch.randint(0, 101, (37,), generator=torch.Generator().manual_seed(2))
     labels[[0, 11, 36]] = IGNORED_LABEL
-    fused, eager = lm_head_loss(hidden, weight, labels), reference.lm_head(hidden, weight, labels)
+    fused, eager = lm_head_loss(hidden, weight, labels, 101), reference.lm_head(hidden, weight, labels)
     torch.testing.assert_close(fused, eager)
     _assert_gradients_close(fused * 0.3, eager * 0.3, [hidden, weight])
 
@@ -51,7 +51,7 @@ def test_lm_head_gives_a_frozen_weight_no_gradient() -> None:
     """Catches paying for, or leaking, gradients of the frozen teacher."""
     hidden = _random(9, 8, seed=0).float().requires_grad_()
     weight = _random(21, 8, seed=1).float()
-    loss = lm_head_loss(hidden, weight, torch.arange(9))
+    loss = lm_head_loss(hidden, weight, torch.arange(9), 21)
     loss.backward()
     assert weight.grad is None
     assert hidden.grad is not None

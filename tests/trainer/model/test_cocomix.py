@@ -23,13 +23,14 @@ def dense_forward(
     h = model.run_blocks(model.embed(input_ids), 0, model.insert_layer)
     mixer = model.mixer
     mean, std = h.mean(-1, keepdim=True), h.std(-1, keepdim=True)
-    logits = F.linear((h - mean) / (std + 1e-5) - mixer.pre_bias, mixer.predict.weight, mixer.predict.bias)
+    u = (h - mean) / (std + 1e-5) - mixer.pre_bias
+    logits = F.linear(u, mixer.predict.weight[:53], mixer.predict.bias[:53])
     kept = logits.topk(mixer.top_k, dim=-1)
     sparse = torch.zeros_like(logits).scatter(-1, kept.indices, kept.values)
-    q = (sparse @ mixer.compress_weight + mixer.compress_bias + mixer.pre_bias) * std + mean
+    q = (sparse @ mixer.compress_weight[:53] + mixer.compress_bias + mixer.pre_bias) * std + mean
     stream = torch.stack((h, q), dim=2).reshape(h.shape[0], 2 * h.shape[1], -1)
     out = model.run_blocks(stream, model.insert_layer, model.config.n_layer)[:, 1::2]
-    head = model.head_logits(out, last_only=False).flatten(0, 1)
+    head = model.head_logits(out, out.shape[1], last_only=False).flatten(0, 1)
     loss = F.cross_entropy(head, labels.flatten(), reduction="sum")
     for a in range(targets.shape[-1]):
         loss = loss + concept_weight / targets.shape[-1] * F.cross_entropy(

@@ -11,26 +11,28 @@ from torch import Tensor
 
 from tests.trainer.model.tiny import tiny_cocomix, tiny_concepts, tiny_config, tiny_gpt2
 from trainer.model.cocomix import CoCoMix
-from trainer.model.formats import from_hf, load_model, read_tensors, save_model, to_hf
+from trainer.model.formats import Layout, from_hf, load_model, read_tensors, save_model, to_hf
 from trainer.model.gpt2 import GPT2
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
 
-def _names(model: torch.nn.Module) -> list[str]:
-    return [name for name, _ in model.named_parameters()]
+def _adopt(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    model = tiny_gpt2()
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return from_hf(tensors, shapes, Layout.of(model), "f")
 
 
 def _published() -> dict[str, Tensor]:
-    return to_hf(tiny_gpt2().state_dict())
+    return to_hf(tiny_gpt2().state_dict(), Layout.of(tiny_gpt2()))
 
 
 def test_published_names_and_shapes_are_those_of_the_authors() -> None:
     """Catches a name or a transposition that only fits our own files."""
     theirs = read_tensors(GOLDEN / "student.safetensors")
     model = CoCoMix(tiny_config(n_layer=4), tiny_concepts())
-    assert set(to_hf(model.state_dict())) == set(theirs)
-    weight = to_hf(model.state_dict())["transformer.compress_layer.weight"]
+    assert set(to_hf(model.state_dict(), Layout.of(model))) == set(theirs)
+    weight = to_hf(model.state_dict(), Layout.of(model))["transformer.compress_layer.weight"]
     assert weight.shape == (16, 53)
 
 
@@ -56,7 +58,7 @@ def test_prefix_mask_buffers_and_tied_head_copy_are_optional() -> None:
     bare["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
     bare["h.1.attn.masked_bias"] = torch.tensor(-1e4)
     bare["lm_head.weight"] = bare["wte.weight"]
-    state = from_hf(bare, _names(tiny_gpt2()), "memory")
+    state = _adopt(bare)
     assert all(torch.equal(tensor, state[name]) for name, tensor in tiny_gpt2().state_dict().items())
 
 
@@ -80,11 +82,10 @@ def test_pickled_weights_load_and_a_malicious_pickle_does_not_run(tmp_path: Path
 def test_wrong_files_are_refused_in_one_line(tmp_path: Path) -> None:
     """Catches a traceback, or weights that load into the wrong place."""
     tensors = _published()
-    names = _names(tiny_gpt2())
     with pytest.raises(ValueError, match=r"f: tensor transformer.wpe.weight is missing"):
-        from_hf({name: t for name, t in tensors.items() if "wpe" not in name}, names, "f")
+        _adopt({name: t for name, t in tensors.items() if "wpe" not in name})
     with pytest.raises(ValueError, match="1 tensors are of no use here, the first is transformer.extra"):
-        from_hf({**tensors, "extra": torch.ones(1)}, names, "f")
+        _adopt({**tensors, "extra": torch.ones(1)})
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0garbage")
     with pytest.raises(ValueError, match="not a readable weights file"):
         read_tensors(tmp_path / "model.safetensors")
@@ -94,7 +95,7 @@ def test_wrong_files_are_refused_in_one_line(tmp_path: Path) -> None:
     save_model(folder, tiny_gpt2().state_dict(), tiny_config(), None)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "n_embd": 18}))
-    with pytest.raises(ValueError, match=r"wte.weight has shape \(61, 16\), config.json asks for \(61, 18\)"):
+    with pytest.raises(ValueError, match=r"wte.weight has shape \(61, 16\), .* ask for \(61, 18\)"):
         load_model(folder)
     (folder / "config.json").write_text(json.dumps({**config, "activation_function": "relu"}))
     with pytest.raises(ValueError, match="activation_function=relu must be gelu_new"):

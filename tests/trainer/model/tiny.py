@@ -6,6 +6,7 @@ import torch
 
 from trainer.config import ConceptsConfig, ModelConfig
 from trainer.model.cocomix import CoCoMix
+from trainer.model.formats import Layout
 from trainer.model.gpt2 import GPT2
 
 
@@ -30,9 +31,12 @@ def tiny_concepts(*, insert_layer: int = 1, teacher: str = "", sae: str = "") ->
 def randomize(model: torch.nn.Module, seed: int) -> None:
     """Every parameter, biases too, from N(0, 0.2); LayerNorm weights around 1."""
     generator = torch.Generator().manual_seed(seed)
+    assert isinstance(model, GPT2)
+    layout = Layout.of(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0.0, 0.2, generator=generator)
+            parameter.copy_(layout.adopt(name, layout.publish(name, parameter)))  # padding at 0
             if "ln_" in name and name.endswith("weight"):
                 parameter += 1.0
 

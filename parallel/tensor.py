@@ -1,0 +1,140 @@
+"""Tensor parallelism: the ranks that compute one share of the batch together.
+
+Between the sublayers every rank holds its part of the sequence; a sublayer gathers the sequence, works
+on its part of the weights and sums the partial results back into sequence parts (Megatron-LM sequence
+parallelism, Korthikanti et al. 2022, arXiv 2205.05198). Without tensor parallelism every function
+returns its input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+
+# torch 2.13 renamed these two and warns of the old names, which torch 2.11 has alone.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class TensorGroup:
+    """One rank's place among the ranks that share a batch; by default it is alone.
+
+    Args:
+        group: their process group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    def split(self, total: int) -> slice:
+        """This rank's equal part of ``total`` rows, columns or tokens.
+
+        Raises:
+            ValueError: the ranks do not divide it.
+        """
+        if total % self.size:
+            raise ValueError(f"{total} cannot be split evenly over {self.size} tensor-parallel ranks")
+        part = total // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def gather_sequence(self, x: Tensor) -> Tensor:
+        """(B, T/tp, ...) parts -> the whole (B, T, ...); backward sums what every rank sends back."""
+        return x if self.size == 1 else _GatherSequence.apply(x, self)
+
+    def sum_to_sequence(self, x: Tensor) -> Tensor:
+        """Partial (B, T, ...) of every rank -> this rank's part (B, T/tp, ...) of their sum."""
+        return x if self.size == 1 else _SumToSequence.apply(x, self)
+
+    def columns_to_sequence(self, x: Tensor) -> Tensor:
+        """(B, T, D/tp) columns of every rank -> this rank's part of the sequence, (B, T/tp, D)."""
+        return x if self.size == 1 else _ColumnsToSequence.apply(x, self)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the ranks, not differentiable."""
+        if self.size == 1:
+            return x
+        out = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(out, group=self.group)
+        return out
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """(...) of every rank -> (tp, ...), not differentiable."""
+        if self.size == 1:
+            return x.unsqueeze(0)
+        out = x.new_empty((self.size, *x.shape))
+        _all_gather(out.view(-1), x.contiguous().view(-1), group=self.group)
+        return out
+
+
+def local(parameter: Tensor) -> Tensor:
+    """The part of a parameter that this rank computes with.
+
+    A parameter that every rank holds whole is used on another part of the sequence by each of them,
+    so its gradient is declared partial; a sharded one's gradient is complete.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    placements = [Partial() if placement == Replicate() else placement for placement in parameter.placements]
+    return parameter.to_local(grad_placements=placements)
+
+
+def _gather(x: Tensor, tp: TensorGroup) -> Tensor:
+    return tp.all_gather(x).transpose(0, 1).flatten(1, 2)
+
+
+def _sum_scatter(x: Tensor, tp: TensorGroup) -> Tensor:
+    parts = x.unflatten(1, (tp.size, -1)).transpose(0, 1).contiguous()
+    out = torch.empty_like(parts[0])
+    _reduce_scatter(out.view(-1), parts.view(-1), group=tp.group)
+    return out
+
+
+def _exchange(parts: Tensor, tp: TensorGroup) -> Tensor:
+    """Part i of every rank goes to rank i; parts (tp, ...) -> (tp, ...)."""
+    parts = parts.contiguous()
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received.view(-1), parts.view(-1), group=tp.group)
+    return received
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorGroup) -> Tensor:
+        ctx.tp = tp
+        return _gather(x, tp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _sum_scatter(grads[0], ctx.tp), None
+
+
+class _SumToSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorGroup) -> Tensor:
+        ctx.tp = tp
+        return _sum_scatter(x, tp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gather(grads[0], ctx.tp), None
+
+
+class _ColumnsToSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorGroup) -> Tensor:
+        ctx.tp = tp
+        by_sequence = x.unflatten(1, (tp.size, -1)).transpose(0, 1)  # (tp, B, T/tp, D/tp)
+        return _exchange(by_sequence, tp).movedim(0, -2).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        tp = ctx.tp
+        by_column = grads[0].unflatten(-1, (tp.size, -1)).movedim(-2, 0)  # (tp, B, T/tp, D/tp)
+        return _exchange(by_column, tp).transpose(0, 1).flatten(1, 2), None
