@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -20,7 +21,13 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 def initial_value(
-    name: str, shape: torch.Size, dtype: torch.dtype, *, seed: int, n_layer: int, real_rows: Mapping[str, int]
+    name: str,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    *,
+    seed: int,
+    n_layer: int,
+    real_rows: Mapping[str, int] = MappingProxyType({}),
 ) -> Tensor:
     """GPT-2's initialisation: N(0, 0.02), residual outputs scaled by 1/sqrt(2L), biases 0, LayerNorm 1.
 
