@@ -15,7 +15,7 @@ from typing import IO, Literal
 
 from data.files import replace_text
 
-Phase = Literal["start", "step", "validation", "checkpoint", "samples"]
+Phase = Literal["start", "step", "validation", "checkpoint", "samples", "publish"]
 Status = Literal["running", "stopped", "finished"]
 
 _INTERVAL_S = 0.5

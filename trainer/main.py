@@ -10,6 +10,7 @@ after saving: the same command goes on.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -21,7 +22,7 @@ from parallel.world import World, start_world, stop_world
 from trainer.build import Parts, build_parts
 from trainer.checkpoint.io import Checkpointer
 from trainer.checkpoint.policy import CheckpointPolicy, slurm_deadline
-from trainer.checkpoint.state import check_resume, code_version
+from trainer.checkpoint.state import Difference, check_resume, code_version
 from trainer.checkpoint.store import CheckpointError, CheckpointStore
 from trainer.config import RunConfig
 from trainer.config_io import dump_config, load_config, to_dict
@@ -34,22 +35,29 @@ from trainer.metrics.logger import MetricsLogger
 from trainer.publish import publish
 from trainer.stop import StopRequest
 
+logger = logging.getLogger(__name__)
+
 EXIT_STOPPED = 75
 """EX_TEMPFAIL: nothing is wrong, run the same command again."""
 
 
 def open_run_directory(config: RunConfig, world: World) -> Path:
-    """Create the run directory, or accept one that holds the same run.
+    """Create the run directory, or accept one that holds the same run; starts logging into it.
+
+    Settings that may differ from the run's are warned about, each with both values.
 
     Raises:
         CheckpointError: it holds a run whose configuration differs where that changes the training.
     """
     run_dir = Path(config.run.dir)
     path = run_dir / "config.yaml"
+    changed: list[Difference] = []
     if path.exists():
-        check_resume(to_dict(load_config(RunConfig, path)), to_dict(config))
+        changed = check_resume(to_dict(load_config(RunConfig, path)), to_dict(config))
+    setup_logging(run_dir, world.rank)
+    for difference in changed:
+        logger.warning("changed since the run was started: %s", difference)
     if world.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
         replace_text(path, dump_config(config))
     return run_dir
 
@@ -78,7 +86,6 @@ def train(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
     """
     parts = build_parts(config, world)
     run_dir = open_run_directory(config, world)
-    setup_logging(run_dir, world.rank)
     keep = config.checkpoint
     store = CheckpointStore(
         run_dir / "checkpoints", keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps
@@ -100,7 +107,8 @@ def train(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
             write_status(run_dir, "running", loop.progress.step)
         outcome = loop.run()
         if outcome == "finished":
-            publish(config, parts.engine.model, is_main=world.is_main)
+            with heartbeat.phase("publish"):
+                publish(config, parts.engine.model, is_main=world.is_main)
         if world.is_main:
             write_status(run_dir, outcome, loop.progress.step)
     except TrainingDiverged as error:

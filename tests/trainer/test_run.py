@@ -293,6 +293,18 @@ def test_a_run_directory_of_another_configuration_is_refused(
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
+def test_a_setting_that_may_change_is_warned_about(
+    tiny_world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a silent change of the length or the layout of a run."""
+    config = tiny_config(tiny_world, tmp_path / "run", "ntp", train__steps=2)
+    assert run(config) == 0
+    assert run(with_changes(config, train__steps=3, log__every=2)) == 0
+    log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    assert "train.steps: 2 in the checkpoint, 3 now" in log
+    assert "log.every: 1 in the checkpoint, 2 now" in log
+
+
 def test_a_world_size_that_does_not_divide_the_batch_is_refused(tiny_world: Path, tmp_path: Path) -> None:
     """Catches ranks that silently train on batches of different size."""
     config = tiny_config(tiny_world, tmp_path / "run", "ntp")
