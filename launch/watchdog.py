@@ -9,6 +9,8 @@ from pathlib import Path
 
 from launch.records import Beat, RunFiles, read_heartbeats
 
+_LONG_PHASES = ("start", "publish", "leave")
+
 
 @dataclass(frozen=True, slots=True)
 class Silence:
@@ -42,7 +44,8 @@ class Watchdog:
         files: Run directory; beats of earlier launches are removed.
         world_size: Number of ranks.
         timeout_s: Seconds of silence after the first step.
-        startup_timeout_s: Seconds until the first step: loading, compiling, verifying a checkpoint.
+        startup_timeout_s: Seconds until the first step (loading, compiling, verifying a checkpoint) and
+            after the last one (publishing, the last save).
     """
 
     def __init__(
@@ -73,8 +76,10 @@ class Watchdog:
         return Silence(max(silent[rank] for rank in late), tuple(late), dict(self._beats))
 
     def _allowed_s(self, rank: int) -> float:
-        started = rank in self._beats and self._beats[rank].phase != "start"
-        return self._timeout_s if started else max(self._timeout_s, self._startup_timeout_s)
+        phase = self._beats[rank].phase if rank in self._beats else "start"
+        if phase in _LONG_PHASES:
+            return max(self._timeout_s, self._startup_timeout_s)
+        return self._timeout_s
 
 
 class StackCollection:

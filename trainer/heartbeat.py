@@ -9,13 +9,13 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal
 
 from data.files import replace_text
 
-Phase = Literal["start", "step", "validation", "checkpoint", "samples", "publish"]
+Phase = Literal["start", "step", "validation", "checkpoint", "samples", "publish", "leave"]
 Status = Literal["running", "stopped", "finished"]
 
 _INTERVAL_S = 0.5
@@ -51,8 +51,15 @@ class Heartbeat:
         self._last, self._step, self._phase = now, step, phase
         text = json.dumps({**self._who, "step": step, "time": now, "phase": phase})
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(text)  # not fsynced: a beat that a power loss takes is of no use
-        temporary.replace(self._path)
+        try:
+            temporary.write_text(text)  # not fsynced: a beat that a power loss takes is of no use
+            temporary.replace(self._path)
+        except OSError:
+            # A full disk must neither end the run nor make it look dead: the block that the last beat
+            # lies in can still be written over.
+            with suppress(OSError), open(self._path, "r+") as file:
+                file.write(text)
+                file.truncate()
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -62,8 +69,9 @@ class Heartbeat:
         self.beat(self._step, "step")
 
     def close(self) -> None:
-        """Stop answering SIGUSR2."""
+        """Stop answering SIGUSR2, which from now on does nothing: its default would kill the process."""
         faulthandler.unregister(signal.SIGUSR2)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         self._stacks.close()
 
 

@@ -246,6 +246,8 @@ class Loop:
         if self.heed(self.health.finish()):
             return
         step, parts = self.progress.step, self.parts
+        if wait:
+            self.report_saves(self.checkpointer.close())  # one of this step may be in flight
         if self.progress.saved_step == step:
             return
         with self.log.paused(), self.heartbeat.phase("checkpoint"):

@@ -115,6 +115,7 @@ def train(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
         metrics_logger.event("fault", step=loop.progress.step, what="diverged", error=str(error))
         raise
     finally:
+        heartbeat.beat(loop.progress.step, "leave")
         loop.report_saves(checkpointer.close())
         parts.loader.close()
         metrics_logger.close()

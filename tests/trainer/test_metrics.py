@@ -8,6 +8,7 @@ import math
 import os
 import pty
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from parallel.world import World
 from tests.ranks import run_ranks
 from trainer.config import LogConfig
 from trainer.metrics.device import device_peak_flops, measure_matmul_flops, memory_peak_bytes
-from trainer.metrics.json_lines import read_json_lines
+from trainer.metrics.json_lines import JsonLines, read_json_lines
 from trainer.metrics.logger import MetricsLogger
 from trainer.metrics.sums import ConceptUsage, Mean, StepMetrics
 
@@ -438,3 +439,22 @@ def test_no_host_synchronisation_on_cuda(tmp_path: Path) -> None:
             torch.cuda.set_sync_debug_mode("default")
     found = [(r["loss_ntp"], r["concept_share_targeted"], r["concept_share_used"]) for r in records(tmp_path)]
     assert found == [(0.5, 0.25, 0.5), (1.0, 0.25, 0.5), (1.5, 0.25, 0.5)]
+
+
+def test_lines_that_find_no_room_wait_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a full disk that ends the run, or a line that it tore for good."""
+    path = tmp_path / "records.jsonl"
+    lines = JsonLines(path)
+    lines.write({"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
+    try:
+        lines.write({"step": 2})
+        lines.write({"step": 3})
+        assert [line["step"] for line in read_json_lines(path)] == [1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    lines.write({"step": 4})
+    lines.close()
+    assert [line["step"] for line in read_json_lines(path)] == [1, 2, 3, 4]
+    assert [record.message for record in caplog.records if "cannot be written" in record.message]

@@ -220,6 +220,16 @@ def test_a_finished_run_is_left_alone(tiny_world: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
+def test_the_last_checkpoint_is_committed_before_the_run_counts_as_finished(
+    tiny_world: Path, tmp_path: Path
+) -> None:
+    """Catches a background save of the last step that nobody waits for."""
+    config = tiny_config(tiny_world, tmp_path / "run", "ntp", train__steps=4, checkpoint__every_steps=2)
+    assert run(config) == 0
+    events = read_json_lines(tmp_path / "run" / "events.jsonl")
+    assert [(event["kind"], event.get("step")) for event in events[-2:]] == [("save", 4), ("finish", 4)]
+
+
 def test_log_every_and_validation_steps_are_recorded(tiny_world: Path, tmp_path: Path) -> None:
     """Catches a missing last record, and validation values on a record without losses."""
     config = tiny_config(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from data.files import replace_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def _json_safe(value: Any) -> Any:
@@ -37,7 +40,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class JsonLines:
-    """An append-only file of JSON objects, each written whole by one system call.
+    """An append-only file of JSON objects.
+
+    A line that finds no room on the disk waits for the next write, so that a full disk costs nothing
+    but time; what is still waiting at the end is reported.
 
     Args:
         path: The file; its torn lines and the objects that ``keep`` refuses are dropped first, atomically.
@@ -52,12 +58,30 @@ class JsonLines:
         if path.exists() and content != path.read_bytes():
             replace_bytes(path, content)
         self._file = path.open("ab", buffering=0)
+        self._waiting = b""
 
     def write(self, value: dict[str, Any]) -> None:
         """Append one object."""
-        self._file.write((json.dumps(_json_safe(value), allow_nan=False, default=str) + "\n").encode())
+        had_room = not self._waiting
+        self._waiting += (json.dumps(_json_safe(value), allow_nan=False, default=str) + "\n").encode()
         self.last = value
+        error = self._drain()
+        if error is not None and had_room:
+            logger.error("%s: cannot be written, lines wait: %s", self._file.name, error)
+
+    def _drain(self) -> OSError | None:
+        """Write what is waiting; a line that was cut short goes on where it stopped."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            return error
+        return None
 
     def close(self) -> None:
         """Close the file."""
+        error = self._drain()
+        if error is not None:
+            lines = self._waiting.count(b"\n")
+            logger.error("%s: %d lines are lost: %s", self._file.name, lines, error)
         self._file.close()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _AXES = ("step", "tokens", "seconds", "flops")
 _TAGS = MappingProxyType(
@@ -61,36 +64,53 @@ class TensorBoard:
     def __init__(self, log_dir: Path, purge_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
-        self._writer = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step)
+        self._writer: Any = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step)
+
+    def _write(self, work: Callable[[Any], object]) -> None:
+        """Do something with the writer; an error (a full disk) ends the curves and not the run."""
+        if self._writer is None:
+            return
+        try:
+            work(self._writer)
+        except OSError as error:
+            self._writer = None
+            logger.error("TensorBoard is off from here on: %s", error)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a point per numeric key, and perplexities beside the next-token losses."""
-        for key, value in values.items():
-            if key not in _AXES and isinstance(value, int | float):
-                self._writer.add_scalar(_tag(key), value, step)
+        points = {
+            _tag(key): value
+            for key, value in values.items()
+            if key not in _AXES and isinstance(value, int | float)
+        }
         for key, tag in (("loss_ntp", "perplexity"), ("val_loss_ntp", "validation/perplexity")):
             if isinstance(values.get(key), float):
-                self._writer.add_scalar(tag, _perplexity(values[key]), step)
+                points[tag] = _perplexity(values[key])
+        self._write(lambda writer: [writer.add_scalar(tag, value, step) for tag, value in points.items()])
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Add a text as it stands; indented, because TensorBoard renders Markdown."""
-        self._writer.add_text(tag, "".join(f"    {line}\n" for line in text.splitlines()), step)
+        indented = "".join(f"    {line}\n" for line in text.splitlines())
+        self._write(lambda writer: writer.add_text(tag, indented, step))
 
     def hparams(self, config: Mapping[str, Any], values: Mapping[str, float], step: int) -> None:
         """Add hyper-parameters and final values; ``add_hparams`` would open a second event file."""
         from torch.utils.tensorboard.summary import hparams
 
         metrics = {f"hparam/{name}": value for name, value in values.items()}
-        file_writer: Any = self._writer.file_writer
-        for summary in hparams(_flat(config), metrics):
-            file_writer.add_summary(summary)
-        for tag, value in metrics.items():
-            self._writer.add_scalar(tag, value, step)
+
+        def add(writer: Any) -> None:
+            for summary in hparams(_flat(config), metrics):
+                writer.file_writer.add_summary(summary)
+            for tag, value in metrics.items():
+                writer.add_scalar(tag, value, step)
+
+        self._write(add)
 
     def flush(self) -> None:
         """Write buffered events."""
-        self._writer.flush()
+        self._write(lambda writer: writer.flush())
 
     def close(self) -> None:
         """Write buffered events and close the file."""
-        self._writer.close()
+        self._write(lambda writer: writer.close())

@@ -200,7 +200,7 @@ def test_a_dead_writer_that_nobody_hears_of_fails(
 @dist
 def test_a_state_that_is_not_loaded_fails(lab: Lab, trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a comparison of hashes that are always equal."""
-    monkeypatch.setattr(reshard, "LAYOUTS", (2, 1))
+    monkeypatch.setattr(reshard, "LAYOUTS", ((2, 1), (1, 1)))
     original = FsdpEngine.load_state_dict
 
     @torch.no_grad()
@@ -211,7 +211,7 @@ def test_a_state_that_is_not_loaded_fails(lab: Lab, trials: Trials, monkeypatch:
 
     monkeypatch.setattr(FsdpEngine, "load_state_dict", forget_moments)
     reshard.other_world_sizes(lab, trials)
-    assert trials.problems == ["1 ranks: the loaded state is not the saved one"]
+    assert trials.problems == ["1 ranks, tp=1: the loaded state is not the saved one"]
 
 
 # Hostile files
