@@ -1,0 +1,81 @@
+"""Which switch would save memory: every candidate is planned, and ordered by what it saves (torch-free)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from launch.planning.forecast import Plan, make_plan
+from launch.planning.layout import Cluster
+from trainer.config import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One switch and what it would do."""
+
+    switch: str
+    needed: int
+    """Bytes of one GPU with it."""
+    saved: int
+    """Bytes less than without it."""
+    fits: bool
+    slowdown: float
+    """Step time with it over that without."""
+
+
+def advise(plan: Plan) -> list[Advice]:
+    """Switches that save memory, the most effective first."""
+    found = []
+    for switch, config, cluster in _candidates(plan):
+        try:
+            other = make_plan(config, cluster, plan.assumptions)
+        except ValueError:  # the batch, the heads or the ranks do not divide that way
+            continue
+        saved = plan.needed - other.needed
+        if saved > 0:
+            slowdown = other.timing.step_s / plan.timing.step_s
+            found.append(Advice(switch, other.needed, saved, other.fits, slowdown))
+    return sorted(found, key=lambda advice: -advice.saved)
+
+
+def largest_microbatch(plan: Plan) -> int | None:
+    """The largest power of two of ``train.microbatch_size`` that fits, ``None`` where not even 1 does."""
+    best, size = None, 1
+    while size <= plan.layout.rows_per_rank:
+        train = replace(plan.config.train, microbatch_size=size)
+        other = make_plan(replace(plan.config, train=train), plan.layout.cluster, plan.assumptions)
+        if other.fits:
+            best = size
+        size *= 2
+    return best
+
+
+def _candidates(plan: Plan) -> Iterator[tuple[str, RunConfig, Cluster]]:
+    config, cluster, layout = plan.config, plan.layout.cluster, plan.layout
+    train, parallel = config.train, config.parallel
+    rest = "" if parallel.dp_shard == -1 else " --parallel.dp_shard=-1"
+    for size in {layout.microbatch_size // 2, 1} - {0, layout.microbatch_size}:
+        yield (
+            f"--train.microbatch_size={size}",
+            replace(config, train=replace(train, microbatch_size=size)),
+            cluster,
+        )
+    if not parallel.reshard_after_forward:
+        sharded = replace(parallel, reshard_after_forward=True)
+        yield "--parallel.reshard_after_forward=true", replace(config, parallel=sharded), cluster
+    if parallel.dp_replicate > 1:
+        whole = replace(parallel, dp_replicate=1, dp_shard=-1)
+        yield f"--parallel.dp_replicate=1{rest}", replace(config, parallel=whole), cluster
+    for tp in (2 * parallel.tp, 4 * parallel.tp):
+        if tp <= cluster.gpus_per_node:
+            split = replace(parallel, tp=tp, dp_shard=-1)
+            yield f"--parallel.tp={tp}{rest}", replace(config, parallel=split), cluster
+    if train.precision == "fp32":
+        yield "--train.precision=bf16", replace(config, train=replace(train, precision="bf16")), cluster
+    if plan.teacher is not None and config.concepts is not None and config.concepts.precision == "fp32":
+        concepts = replace(config.concepts, precision="bf16")
+        yield "--concepts.precision=bf16", replace(config, concepts=concepts), cluster
+    more = replace(cluster, num_nodes=2 * cluster.num_nodes)
+    spread = replace(config, parallel=replace(parallel, dp_shard=-1))
+    yield f"--nodes={more.num_nodes}{rest}", spread, more

@@ -1,0 +1,189 @@
+"""From memory, traffic and FLOPs to a verdict, a step time and a bill (torch-free)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from launch.planning.layout import Cluster, Layout, lay_out
+from launch.planning.memory import FP32, Moment, plan_memory
+from launch.planning.teacher import Teacher, teacher_of
+from launch.planning.traffic import Transfer, plan_traffic, sent
+from trainer.config import RunConfig
+from trainer.flops import FlopsPerToken, SaeShape, flops_per_token, parameter_count, peak_flops
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assumptions:
+    """What a plan cannot know; every one is printed."""
+
+    gpu: str = "H100"
+    """Name that ``trainer.flops`` knows."""
+    gpu_memory_gb: float = 80.0
+    """Memory of a GPU in units of 2**30 bytes, as vendors and drivers mean it."""
+    intra_gbps: float = 450.0
+    """Bandwidth of a GPU to others in its node, one direction, 1e9 bytes per second."""
+    inter_gbps: float = 50.0
+    """Bandwidth of a GPU to other nodes, one direction."""
+    mfu: float = 0.45
+    """Share of the peak that the computation alone reaches."""
+    context_gib: float = 2.0
+    """CUDA context, NCCL's buffers and cuBLAS' workspace."""
+    fragmentation: float = 0.05
+    """Share of the tensors that the allocator loses to fragmentation."""
+    gpu_hour_price: float | None = None
+    """Price of one GPU for an hour, any currency."""
+
+    def __post_init__(self) -> None:
+        for key in ("gpu_memory_gb", "intra_gbps", "inter_gbps", "mfu"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"--{key}={getattr(self, key)} must be above 0")
+        if self.mfu > 1:
+            raise ValueError(f"--mfu={self.mfu} must be at most 1")
+        if self.gpu_hour_price is not None and not 0 <= self.gpu_hour_price < math.inf:
+            raise ValueError(f"--gpu_hour_price={self.gpu_hour_price} must be at least 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of one optimizer step."""
+
+    compute_s: float
+    exposed_s: float
+    """Communication that the computation waits for."""
+    beside_s: float
+    """Communication that runs beside the computation."""
+
+    @property
+    def step_s(self) -> float:
+        """Communication beside the computation costs what exceeds it."""
+        return max(self.compute_s, self.beside_s) + self.exposed_s
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that is known of a run before it starts."""
+
+    config: RunConfig
+    layout: Layout
+    teacher: Teacher | None
+    assumptions: Assumptions
+    moments: tuple[Moment, ...]
+    traffic: tuple[Transfer, ...]
+    flops: FlopsPerToken
+    timing: Timing
+
+    @property
+    def peak(self) -> Moment:
+        """The moment with most memory."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def reserve(self) -> int:
+        """Bytes for what is no tensor and no kernel's workspace."""
+        assumed = self.assumptions
+        return round(assumed.context_gib * GIB + assumed.fragmentation * self.peak.total)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of one GPU at the peak."""
+        return self.peak.total + self.reserve
+
+    @property
+    def fits(self) -> bool:
+        """Whether a GPU holds it."""
+        return self.needed <= self.assumptions.gpu_memory_gb * GIB
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the whole cluster."""
+        return self.config.tokens_per_step / self.timing.step_s
+
+    @property
+    def run_hours(self) -> float:
+        """Training time of all steps; validation, samples and restarts are not in it."""
+        return self.config.train.steps * self.timing.step_s / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the whole cluster."""
+        return self.run_hours * self.layout.cluster.world_size
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the student without padding."""
+        assert self.config.model is not None
+        concepts = self.config.concepts if self.teacher is not None else None
+        return sum(parameter_count(self.config.model, concepts).values())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Weights and Adam's two moments in fp32, padding included."""
+        return 3 * FP32 * self.layout.num_elements
+
+    @property
+    def checkpoints_kept(self) -> int:
+        """Most checkpoints on disk at once: kept, best and the one being written."""
+        keep, steps = self.config.checkpoint, self.config.train.steps
+        forever = steps // keep.keep_every_steps if keep.keep_every_steps else 0
+        return keep.keep_last + forever + 2
+
+
+def make_plan(config: RunConfig, cluster: Cluster, assumptions: Assumptions) -> Plan:
+    """Plan a run.
+
+    Raises:
+        ValueError: the run does not fit the cluster's shape (not its memory), or the GPU is unknown.
+    """
+    layout = lay_out(config, cluster)
+    assert config.model is not None
+    concepts = config.concepts if config.objective.name == "cocomix" else None
+    teacher = None if concepts is None else teacher_of(concepts)
+    flops = flops_per_token(
+        config.model,
+        concepts,
+        config.data.seq_len,
+        None if teacher is None else teacher.shape,
+        None if concepts is None else SaeShape(concepts.num_concepts, concepts.top_k),
+    )
+    traffic = plan_traffic(config, layout)
+    return Plan(
+        config=config,
+        layout=layout,
+        teacher=teacher,
+        assumptions=assumptions,
+        moments=plan_memory(config, layout, teacher),
+        traffic=traffic,
+        flops=flops,
+        timing=_timing(config, layout, flops, traffic, assumptions),
+    )
+
+
+def _timing(
+    config: RunConfig,
+    layout: Layout,
+    flops: FlopsPerToken,
+    traffic: tuple[Transfer, ...],
+    assumptions: Assumptions,
+) -> Timing:
+    peak = peak_flops(assumptions.gpu, config.train.precision)
+    if peak is None:
+        raise ValueError(
+            f"--gpu={assumptions.gpu}: its {config.train.precision} peak is not in trainer/flops.py"
+        )
+    cluster_flops = layout.cluster.world_size * peak * assumptions.mfu
+    seconds = {True: 0.0, False: 0.0}
+    for transfer in traffic:
+        seconds[transfer.exposed] += transfer_seconds(transfer, layout, assumptions)
+    compute = flops.total * config.tokens_per_step / cluster_flops
+    return Timing(compute, seconds[True], seconds[False])
+
+
+def transfer_seconds(transfer: Transfer, layout: Layout, assumptions: Assumptions) -> float:
+    """The slower of the two links; latency is neglected."""
+    out = sent(transfer, layout)
+    return max(
+        out.intra_node / (assumptions.intra_gbps * 1e9), out.inter_node / (assumptions.inter_gbps * 1e9)
+    )

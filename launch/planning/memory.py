@@ -1,0 +1,413 @@
+"""Memory of one GPU over a training step: what is alive at the moments that can be the peak (torch-free).
+
+The functions walk through one microbatch as ``trainer.step.train_step`` does and book every tensor that
+lives on: which tensors autograd keeps is a fact of the modules in ``trainer.model`` and
+``trainer.kernels``. Temporaries are booked at a moment. Rank 0 is meant, whose shards are the largest.
+
+Legend: B sequences of a microbatch, T tokens, D width, V vocabulary and M dictionary (both padded),
+K kept concepts, t tensor-parallel ranks, e bytes of an activation.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from launch.planning.layout import Layout
+from launch.planning.teacher import Teacher
+from trainer.config import ConceptsConfig, ModelConfig, RunConfig
+from trainer.model.padding import padded
+
+FP32 = 4
+INT64 = 8
+CHUNK_ELEMENTS = 2**28
+"""Elements of one chunk of logits on a GPU, as ``trainer.kernels.chunks`` cuts them."""
+SAE_CHUNK_ROWS = 1024
+"""Tokens that the autoencoder encodes at a time."""
+COPIES_OF_ADAM = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What is alive at one moment of a step."""
+
+    name: str
+    parts: Mapping[str, int]
+    """Bytes of tensors by what they are."""
+    workspace: int = 0
+    """Bytes that a GPU's kernels allocate inside one operation; no tensor shows them."""
+
+    @property
+    def tensors(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.parts.values())
+
+    @property
+    def total(self) -> int:
+        """Bytes of tensors and workspace."""
+        return self.tensors + self.workspace
+
+
+class Book:
+    """Bytes alive by part, and the moments noted so far."""
+
+    def __init__(self) -> None:
+        self.moments: list[Moment] = []
+        self._held: Counter[str] = Counter()
+
+    def hold(self, **parts: int) -> None:
+        """Tensors that live on; underscores in a name stand for spaces."""
+        self._held.update({name.replace("_", " "): size for name, size in parts.items()})
+
+    def drop(self, *names: str) -> None:
+        """Tensors that end."""
+        for name in names:
+            del self._held[name.replace("_", " ")]
+
+    def note(self, moment: str, workspace: int = 0, **temporaries: int) -> None:
+        """A moment at which ``temporaries`` are alive too."""
+        parts = self._held + Counter({name.replace("_", " "): size for name, size in temporaries.items()})
+        self.moments.append(Moment(moment, dict(parts), workspace))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """The numbers that the formulas below are written in; bytes where nothing else is said."""
+
+    model: ModelConfig
+    layout: Layout
+    concepts: ConceptsConfig | None
+    tokens: int
+    """B*T of the microbatch."""
+    seq_len: int
+    element: int
+
+    @property
+    def tp(self) -> int:
+        return self.layout.tp
+
+    @property
+    def cast(self) -> int:
+        """Bytes per element of a copy in the compute precision, which fp32 does not need."""
+        return self.element if self.element < FP32 else 0
+
+    @property
+    def vocabulary(self) -> int:
+        """Columns of next-token logits on this rank."""
+        return padded(self.model.vocab_size) // self.tp
+
+    @property
+    def dictionary(self) -> int:
+        """Columns of concept logits on this rank."""
+        return 0 if self.concepts is None else padded(self.concepts.num_concepts) // self.tp
+
+    @property
+    def num_widest(self) -> int:
+        """Blocks that update all positions of the longest stream."""
+        lower = 0 if self.concepts is None else self.concepts.insert_layer + 1
+        return self.model.n_layer - lower
+
+    def stream(self, positions: int) -> int:
+        """(positions, D) activations."""
+        return positions * self.model.d_model * self.element
+
+
+def chunk_rows(tokens: int, columns: int) -> int:
+    """Rows of the first chunk of logits, the largest one."""
+    return min(tokens, max(1, CHUNK_ELEMENTS // columns))
+
+
+def chunk_bytes(tokens: int, columns: int, per_element: int, left_over: int) -> int:
+    """Largest temporaries of a pass over chunks of logits.
+
+    Args:
+        tokens, columns: of all logits.
+        per_element: bytes of a chunk in work.
+        left_over: bytes of the chunk before it, whose names are bound until the next one's are.
+    """
+    first = chunk_rows(tokens, columns)
+    second = min(first, tokens - first)
+    after = second * per_element + first * left_over if second else 0
+    return columns * max(first * per_element, after)
+
+
+def attention_kept(s: _Sizes, positions: int) -> int:
+    """Bytes that autograd keeps of LayerNorm and attention over ``positions``.
+
+    Input of the norm, its output (with tensor parallelism the gathered one), queries, keys and values,
+    their mixture, log-sum-exps and the norm's two statistics.
+    """
+    x = s.stream(positions)
+    split = x // s.tp
+    statistics = 2 * positions // s.tp * s.element
+    return split + x + 3 * split + split + FP32 * positions * s.model.n_head // s.tp + statistics
+
+
+def mlp_kept(s: _Sizes, positions: int) -> int:
+    """Bytes that autograd keeps of LayerNorm and MLP: two inputs of D, two inner ones of 4 D."""
+    x = s.stream(positions)
+    statistics = 2 * positions // s.tp * s.element
+    return x // s.tp + x + 2 * 4 * x // s.tp + statistics
+
+
+def last_attention_kept(s: _Sizes) -> int:
+    """As :func:`attention_kept`, where keys and values have 2T positions and queries T.
+
+    The parts of the fused weight for queries and for keys and values are copies.
+    """
+    read, positions = s.tokens, 2 * s.tokens
+    x, width = s.stream(positions), s.model.d_model
+    split = x // s.tp
+    kept = split + x + 2 * split + 2 * s.stream(read) // s.tp
+    weights = 3 * width**2 // s.tp * s.element
+    mask = 2 * s.seq_len**2 * (1 + s.element)
+    return kept + weights + mask + FP32 * read * s.model.n_head // s.tp + 2 * positions // s.tp * s.element
+
+
+def mixer_kept(s: _Sizes) -> int:
+    """Bytes that autograd keeps of the concept mixer beside the head's gradients.
+
+    fp32: the stream, it less its mean, the mixed concept; compute precision: the head's input; K values
+    and ids per token.
+    """
+    assert s.concepts is not None
+    stream = 3 * FP32 * s.tokens * s.model.d_model // s.tp
+    return stream + s.stream(s.tokens) + s.tokens * s.concepts.top_k * (INT64 + s.element)
+
+
+def plan_memory(config: RunConfig, layout: Layout, teacher: Teacher | None) -> tuple[Moment, ...]:
+    """The moments of a step that can be its peak.
+
+    Args:
+        config: the run.
+        layout: where it lies.
+        teacher: sizes of the teacher, ``None`` for next-token prediction.
+    """
+    # Gradients accumulate from the first microbatch on, so the peak is in the first or the second.
+    moments: list[Moment] = []
+    sizes = layout.microbatches
+    for index in range(min(2, len(sizes))):
+        moments += _microbatch(config, layout, teacher, sizes[index], accumulated=index > 0)
+    book = Book()
+    _hold_state(book, config, layout, teacher)
+    book.note("optimizer step", gradients=FP32 * layout.shard_elements)
+    return (*moments, *book.moments)
+
+
+def _microbatch(
+    config: RunConfig, layout: Layout, teacher: Teacher | None, rows: int, *, accumulated: bool
+) -> list[Moment]:
+    assert config.model is not None
+    s = _Sizes(
+        model=config.model,
+        layout=layout,
+        concepts=config.concepts if teacher is not None else None,
+        tokens=rows * config.data.seq_len,
+        seq_len=config.data.seq_len,
+        element=2 if config.train.precision == "bf16" else FP32,
+    )
+    book = Book()
+    _hold_state(book, config, layout, teacher)
+    if accumulated:
+        book.hold(accumulated_gradients=FP32 * layout.gathered_elements)
+    if teacher is not None:
+        assert config.concepts is not None
+        _extraction(book, config.concepts, teacher, -(-rows // layout.tp), config.data.seq_len)
+    reshard = config.parallel.reshard_after_forward
+    _forward(book, s, reshard=reshard)
+    _backward(book, s, reshard=reshard, accumulated=accumulated)
+    return book.moments
+
+
+def optimizer_bytes(layout: Layout) -> int:
+    """Adam's two moments of the shard, and a step counter for each weight."""
+    return COPIES_OF_ADAM * FP32 * layout.shard_elements + FP32 * layout.num_tensors
+
+
+def _hold_state(book: Book, config: RunConfig, layout: Layout, teacher: Teacher | None) -> None:
+    """What lives as long as the run."""
+    book.hold(parameters=FP32 * layout.shard_elements, optimizer=optimizer_bytes(layout))
+    if teacher is not None and config.concepts is not None:
+        element = 2 if config.concepts.precision == "bf16" else FP32
+        latents = config.concepts.num_concepts
+        book.hold(
+            teacher=element * teacher.elements,
+            SAE=FP32 * (2 * latents * teacher.d_model + latents + teacher.d_model),
+            metrics=2 * (latents + 1),
+        )
+
+
+def _extraction(book: Book, concepts: ConceptsConfig, teacher: Teacher, rows: int, seq_len: int) -> None:
+    """The teacher's pass: blocks above the residual keep what a gradient of activations needs."""
+    element = 2 if concepts.precision == "bf16" else FP32
+    tokens = rows * seq_len
+    stream = element * tokens * teacher.d_model
+    # Norm input twice, queries, keys, values and their mixture, the inner width before gelu.
+    kept = (teacher.n_layer - 1 - concepts.sae_layer) * (10 * stream + FP32 * tokens * teacher.n_head)
+    columns = padded(teacher.vocab_size)
+    copies = FP32 + (element if element < FP32 else 0)
+    book.note(
+        "targets: the teacher's head",
+        workspace=FP32 * chunk_rows(tokens, columns) * columns,
+        extraction=kept + 4 * stream,
+        extraction_logits=chunk_bytes(tokens, columns, copies, copies),
+    )
+    book.note(
+        "targets: the autoencoder",
+        workspace=FP32 * SAE_CHUNK_ROWS * padded(concepts.num_concepts),
+        extraction=2 * stream
+        + 3 * FP32 * tokens * teacher.d_model
+        + (FP32 + INT64) * tokens * concepts.top_k,
+        extraction_logits=FP32 * min(SAE_CHUNK_ROWS, tokens) * concepts.num_concepts,
+    )
+
+
+def _gathered_weights(s: _Sizes, blocks: int) -> int:
+    """The root's weights and those of ``blocks`` blocks, whole or cast, beside the fp32 shards."""
+    if s.layout.dp_shard == 1 and not s.cast:
+        return 0
+    return s.element * (s.layout.root.elements(s.tp) + blocks * s.layout.block.elements(s.tp))
+
+
+def _gather_buffer(s: _Sizes) -> int:
+    """The flat output of a block's all-gather; FSDP2 frees it when it waits for the next one."""
+    dp_shard = s.layout.dp_shard
+    return 0 if dp_shard == 1 else s.element * dp_shard * s.layout.block.shard_elements(s.tp, dp_shard)
+
+
+def _forward(book: Book, s: _Sizes, *, reshard: bool) -> None:
+    """Book what the student's forward keeps, and note its two heads."""
+    num_blocks = s.model.n_layer
+    book.hold(tokens=s.tokens * 3 * INT64)
+    if s.concepts is None:
+        _hold_blocks(book, s, "blocks", num_blocks, s.tokens)
+    else:
+        lower = s.concepts.insert_layer
+        _hold_blocks(book, s, "blocks_below", lower, s.tokens)
+        _concept_head(book, s, 0 if reshard else lower)
+        # The two streams that were interleaved stay until the model's forward returns.
+        book.hold(concept_mixer=mixer_kept(s), streams_before_interleaving=2 * s.stream(s.tokens) // s.tp)
+        _hold_blocks(book, s, "interleaved_blocks", num_blocks - 1 - lower, 2 * s.tokens)
+        book.hold(last_block_attention=last_attention_kept(s), last_block_MLP=mlp_kept(s, s.tokens))
+    book.hold(final_norm=s.stream(s.tokens) // s.tp)
+    _lm_head(book, s, 0 if reshard else num_blocks)
+    if s.concepts is not None:
+        book.drop("streams_before_interleaving")
+
+
+def _hold_blocks(book: Book, s: _Sizes, name: str, count: int, positions: int) -> None:
+    if count:
+        book.hold(**{f"{name}_attention": count * attention_kept(s, positions)})
+        book.hold(**{f"{name}_MLP": count * mlp_kept(s, positions)})
+
+
+def _merge_bytes(s: _Sizes) -> int:
+    """Bytes per logit while log-sum-exp and maximum of this rank's columns are taken."""
+    return 3 * FP32 if s.tp > 1 else 0
+
+
+def _concept_head(book: Book, s: _Sizes, gathered_blocks: int) -> None:
+    """Loss, top-K and their gradients in one pass; gradients stay until backward."""
+    weight = s.dictionary * s.model.d_model
+    book.hold(concept_head_gradients=FP32 * (weight + s.dictionary) + s.stream(s.tokens))
+    forward = chunk_bytes(s.tokens, s.dictionary, max(2 * FP32, _merge_bytes(s)), FP32)
+    gradient = chunk_bytes(s.tokens, s.dictionary, FP32 + s.cast, 0) + s.element * weight
+    book.note(
+        "forward: concept head",
+        workspace=FP32 * chunk_rows(s.tokens, s.dictionary) * s.dictionary if s.tp == 1 else 0,
+        concept_mixer=mixer_kept(s) + 2 * FP32 * s.tokens * s.model.d_model // s.tp,
+        logits=max(forward, gradient),
+        gathered_weights=_gathered_weights(s, gathered_blocks),
+        gather_buffer=_gather_buffer(s),
+    )
+
+
+def _lm_head(book: Book, s: _Sizes, gathered_blocks: int) -> None:
+    """The widest moment of most runs: all activations, and a chunk of logits."""
+    weight = s.vocabulary * s.model.d_model
+    norm = s.stream(s.tokens) if s.tp == 1 else s.stream(s.tokens) + s.stream(s.tokens) // s.tp
+    book.hold(LM_head_gradients=FP32 * weight + s.stream(s.tokens))
+    forward = chunk_bytes(s.tokens, s.vocabulary, max(FP32 + s.cast, _merge_bytes(s)), FP32 + s.cast)
+    gradient = chunk_bytes(s.tokens, s.vocabulary, FP32 + s.cast, 0) + s.element * weight
+    book.note(
+        "forward: LM head",
+        workspace=FP32 * chunk_rows(s.tokens, s.vocabulary) * s.vocabulary if s.tp == 1 else 0,
+        final_norm_output=norm,
+        logits=max(forward, gradient),
+        gathered_weights=_gathered_weights(s, gathered_blocks),
+        gather_buffer=_gather_buffer(s),
+    )
+
+
+def _backward(book: Book, s: _Sizes, *, reshard: bool, accumulated: bool) -> None:
+    """The heads' gradients are scaled and cast; then the last block, the mixer, and the root's reduction."""
+    weight = s.vocabulary * s.model.d_model
+    book.note(
+        "backward: LM head",
+        scaled_gradients=(FP32 + s.cast) * weight + s.stream(s.tokens),
+        gathered_weights=_gathered_weights(s, 1 if reshard else s.model.n_layer),
+    )
+    book.drop("LM_head_gradients")
+    # The tied embedding's gradient stays until the root, the last unit, is reduced.
+    book.hold(root_gradients=s.element * weight)
+    book.drop("final_norm", "last_block_attention", "last_block_MLP")
+    if s.num_widest:
+        _backward_block(book, s, reshard=reshard, accumulated=accumulated)
+    book.drop("blocks_attention", "blocks_MLP", "interleaved_blocks_attention", "interleaved_blocks_MLP")
+    if s.concepts is not None:
+        _backward_mixer(book, s, reshard=reshard, accumulated=accumulated)
+        book.drop("concept_mixer", "concept_head_gradients", "blocks_below_attention", "blocks_below_MLP")
+    book.drop("root_gradients")
+    _reduce_root(book, s, accumulated=accumulated)
+
+
+def _backward_block(book: Book, s: _Sizes, *, reshard: bool, accumulated: bool) -> None:
+    """The MLP of the widest block: gradients of its inner width before and after gelu."""
+    positions = s.tokens if s.concepts is None else 2 * s.tokens
+    block = s.layout.block.elements(s.tp)
+    reduced = _reduction_buffer(s, accumulated)
+    if s.concepts is None:
+        # Nothing is reduced before the top block; the one below it has one block's activations less.
+        reduced = max(0, reduced - attention_kept(s, positions) - mlp_kept(s, positions))
+    inner = 4 * s.stream(positions) // s.tp
+    book.note(
+        "backward: top block",
+        workspace=FP32 * positions * s.model.d_model // s.tp,
+        block_gradients=inner + 2 * s.stream(positions) + s.element * block,
+        reduction_buffer=reduced,
+        gathered_weights=_gathered_weights(s, 2 if reshard else s.model.n_layer),
+    )
+
+
+def _backward_mixer(book: Book, s: _Sizes, *, reshard: bool, accumulated: bool) -> None:
+    """The concept head's gradients are scaled while the K kept values add theirs, row by row."""
+    assert s.concepts is not None
+    weight, width = s.dictionary * s.model.d_model, s.model.d_model
+    rows = chunk_rows(s.tokens, s.concepts.top_k * width)
+    book.note(
+        "backward: concept head",
+        scaled_gradients=(FP32 + s.element) * weight + s.stream(s.tokens),
+        sparse_rows=FP32 * rows * width * (s.concepts.top_k + 1),
+        streams=2 * s.stream(s.tokens) // s.tp,
+        reduction_buffer=_reduction_buffer(s, accumulated),
+        gathered_weights=_gathered_weights(s, 1 if reshard else s.concepts.insert_layer),
+    )
+
+
+def _reduction_buffer(s: _Sizes, accumulated: bool) -> int:
+    """The fp32 copy of a block's gradients that a reduce-scatter reads; it replaces accumulated ones."""
+    return 0 if accumulated or s.layout.dp_shard == 1 else FP32 * s.layout.block.elements(s.tp)
+
+
+def _reduce_root(book: Book, s: _Sizes, *, accumulated: bool) -> None:
+    """The root's gradients, the largest unit, are copied into one fp32 buffer and reduced."""
+    root = s.layout.root.elements(s.tp)
+    shard = s.layout.shard_elements if s.layout.dp_shard > 1 else s.layout.gathered_elements
+    book.note(
+        "gradient reduction of the root",
+        gathered_weights=_gathered_weights(s, 0),
+        root_gradients=0 if accumulated else s.element * root,
+        reduction_buffer=FP32 * root,
+        gradients=0 if accumulated else FP32 * shard,
+    )

@@ -1,0 +1,64 @@
+"""Sizes of the frozen teacher, read from its config.json without its weights (torch-free)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.planning.layout import block_parameters
+from trainer.config import ConceptsConfig
+from trainer.flops import TeacherShape
+from trainer.model.padding import padded
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A GPT-2 with a sparse autoencoder on one of its residual streams."""
+
+    d_model: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    assumed: bool = True
+    """No config.json was found, so these are the sizes of GPT-2 124M."""
+
+    @property
+    def shape(self) -> TeacherShape:
+        """As ``trainer.flops`` takes it."""
+        return TeacherShape(self.d_model, self.n_layer, self.vocab_size)
+
+    @property
+    def elements(self) -> int:
+        """Weights with the padded vocabulary; the head is tied."""
+        block = sum(parameter.elements(1) for parameter in block_parameters(self.d_model))
+        rows = padded(self.vocab_size) + self.n_positions + 2
+        return self.n_layer * block + rows * self.d_model
+
+
+def teacher_of(concepts: ConceptsConfig) -> Teacher:
+    """The teacher at ``concepts.teacher``, or GPT-2 124M where there is no readable config.json.
+
+    Raises:
+        ValueError: the file is there but lacks a size, or the SAE's layer is not below its last block.
+    """
+    at = Path(concepts.teacher)
+    places = (at / "model" / "config.json", at / "config.json", at.parent / "config.json")
+    teacher = next((_read(path) for path in places if path.is_file()), Teacher())
+    if concepts.sae_layer > teacher.n_layer - 2:
+        raise ValueError(
+            f"concepts.sae_layer={concepts.sae_layer} must be from 0 to {teacher.n_layer - 2}: "
+            f"the teacher at {concepts.teacher} has {teacher.n_layer} blocks and one must follow the residual"
+        )
+    return teacher
+
+
+def _read(path: Path) -> Teacher:
+    keys = ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        width, blocks, heads, vocabulary, positions = (int(found[key]) for key in keys)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no GPT-2 configuration with {', '.join(keys)} ({error!r})") from error
+    return Teacher(width, blocks, heads, vocabulary, positions, assumed=False)

@@ -1,0 +1,176 @@
+"""Bytes that one GPU exchanges in an optimizer step, by mesh axis and kind of collective (torch-free).
+
+A collective's ``buffer`` is its whole tensor: the gathered one, the one before a reduce-scatter, the one
+that is summed. Of it every rank of n sends (n - 1) / n, in an all-reduce twice that: ring algorithms,
+as nccl-tests' "bus bandwidth" counts them. A step that writes metrics is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from launch.planning.layout import Layout, Unit
+from launch.planning.memory import FP32, INT64
+from trainer.config import ConceptsConfig, ModelConfig, RunConfig
+
+Axis = Literal["dp_shard", "dp_replicate", "tp", "dp"]
+Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
+
+FP64 = 8
+METRIC_SLOTS = {"ntp": 2, "cocomix": 7}
+"""Sums that an objective reports."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """All collectives of one purpose in one step."""
+
+    what: str
+    axis: Axis
+    kind: Kind
+    buffer: int
+    """Bytes of the whole tensors."""
+    exposed: bool = False
+    """Whether the computation waits for it; otherwise it runs beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Bytes that one GPU sends."""
+
+    intra_node: float
+    inter_node: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.intra_node + self.inter_node
+
+
+def group_of(axis: Axis, layout: Layout) -> tuple[int, int]:
+    """Ranks of an axis' group and those of them on one node; ``tp`` varies fastest, then ``dp_shard``."""
+    size, stride = {
+        "tp": (layout.tp, 1),
+        "dp_shard": (layout.dp_shard, layout.tp),
+        "dp_replicate": (layout.dp_replicate, layout.tp * layout.dp_shard),
+        "dp": (layout.dp_size, layout.tp),
+    }[axis]
+    return size, min(size, max(1, layout.cluster.gpus_per_node // stride))
+
+
+def sent(transfer: Transfer, layout: Layout) -> Sent:
+    """What one GPU sends for a transfer; of a node's ring members one sends to another node at a time."""
+    size, on_node = group_of(transfer.axis, layout)
+    times = 2 if transfer.kind == "all-reduce" else 1
+    total = times * transfer.buffer * (size - 1) / size
+    if on_node == size:
+        return Sent(total, 0.0)
+    outside = (size - on_node) / (size - 1) if transfer.kind == "all-to-all" else 1 / on_node
+    return Sent(total * (1 - outside), total * outside)
+
+
+def plan_traffic(config: RunConfig, layout: Layout) -> tuple[Transfer, ...]:
+    """Every collective of a step on groups of more than one rank; those of a few bytes are left out."""
+    assert config.model is not None
+    concepts = config.concepts if config.objective.name == "cocomix" else None
+    element = 2 if config.train.precision == "bf16" else FP32
+    found = [
+        *_weights(config, layout, element),
+        *_gradients(layout),
+        *_tensor_parallel(config.model, concepts, layout, config.data.seq_len, element),
+        *_metrics(config, layout),
+    ]
+    return tuple(part for part in found if part.buffer and group_of(part.axis, layout)[0] > 1)
+
+
+def _whole(unit: Unit, layout: Layout) -> int:
+    """Elements of a unit in FSDP2's flat buffers, where each weight is padded to equal shards."""
+    return unit.shard_elements(layout.tp, layout.dp_shard) * layout.dp_shard
+
+
+def _weights(config: RunConfig, layout: Layout, element: int) -> Iterator[Transfer]:
+    """Each microbatch gathers all weights; blocks again in backward if they were freed after forward."""
+    times = len(layout.microbatches)
+    blocks = layout.num_blocks * _whole(layout.block, layout)
+    again = 2 if config.parallel.reshard_after_forward else 1
+    yield Transfer("weights of the blocks", "dp_shard", "all-gather", again * times * element * blocks)
+    # Nothing of the student can run before its embedding, and the root holds it.
+    root = times * element * _whole(layout.root, layout)
+    yield Transfer("weights of the root", "dp_shard", "all-gather", root, exposed=True)
+
+
+def _gradients(layout: Layout) -> Iterator[Transfer]:
+    """After the last microbatch only, in fp32; the root's come last and nothing is left beside them."""
+    blocks, root = layout.num_blocks * _whole(layout.block, layout), _whole(layout.root, layout)
+    for what, elements, exposed in (("blocks", blocks, False), ("root", root, True)):
+        size = FP32 * elements
+        yield Transfer(f"gradients of the {what}", "dp_shard", "reduce-scatter", size, exposed)
+        shard = size // layout.dp_shard
+        yield Transfer(f"gradients of the {what}", "dp_replicate", "all-reduce", shard, exposed)
+    norms = FP32 * layout.num_tensors
+    axes: tuple[Axis, ...] = ("dp_shard", "tp")
+    for axis in axes:
+        yield Transfer("gradient norm", axis, "all-reduce", norms, exposed=True)
+
+
+def _tensor_parallel(
+    model: ModelConfig, concepts: ConceptsConfig | None, layout: Layout, seq_len: int, element: int
+) -> Iterator[Transfer]:
+    """Sequence parallelism around every sublayer, and what the heads exchange per token."""
+    tokens = layout.rows_per_rank * seq_len
+    stream = tokens * model.d_model * element
+    gathered, summed = _sublayers(model, concepts)
+    # Backward gathers where forward summed, and sums where forward gathered.
+    both = (gathered + summed) * stream
+    yield Transfer("activations", "tp", "all-gather", both, exposed=True)
+    yield Transfer("activations", "tp", "reduce-scatter", both, exposed=True)
+    yield Transfer("LM head's exchange", "tp", "all-gather", 3 * FP32 * tokens * layout.tp, exposed=True)
+    whole = sum(
+        parameter.elements(1) * count
+        for unit, count in layout.units()
+        for parameter in unit.parameters
+        if parameter.tensor_dim is None
+    )
+    size = FP32 if len(layout.microbatches) > 1 else element
+    yield Transfer("gradients of whole weights", "tp", "all-reduce", size * whole, exposed=True)
+    if concepts is not None:
+        yield from _concept_path(model, concepts, layout, seq_len, element)
+
+
+def _sublayers(model: ModelConfig, concepts: ConceptsConfig | None) -> tuple[int, int]:
+    """Streams of T positions that forward gathers and sums, embedding and LM head included."""
+    if concepts is None:
+        return 2 * model.n_layer + 1, 2 * model.n_layer + 1
+    lower = concepts.insert_layer
+    interleaved = model.n_layer - 1 - lower
+    # The last block reads 2T positions and updates T of them; the mixer gathers its input.
+    gathered = 2 * lower + 4 * interleaved + 3 + 1 + 1
+    summed = 2 * lower + 4 * interleaved + 2 + 1
+    return gathered, summed
+
+
+def _concept_path(
+    model: ModelConfig, concepts: ConceptsConfig, layout: Layout, seq_len: int, element: int
+) -> Iterator[Transfer]:
+    """The dictionary's and the target ids' exchange."""
+    tokens = layout.rows_per_rank * seq_len
+    numbers = 3 + 2 * concepts.top_k
+    head = FP32 * numbers * tokens * layout.tp
+    yield Transfer("concept head's exchange", "tp", "all-gather", head, exposed=True)
+    values = element * concepts.top_k * tokens
+    yield Transfer("concept head's exchange", "tp", "all-reduce", values, exposed=True)
+    ranks = (FP32 + INT64) * concepts.num_targets * tokens
+    yield Transfer("ranks of the targets", "tp", "all-reduce", ranks, exposed=True)
+    columns = 2 * element * tokens * model.d_model // layout.tp
+    yield Transfer("mixed concepts", "tp", "all-to-all", columns, exposed=True)
+    rows = sum(-(-size // layout.tp) * layout.tp for size in layout.microbatches)
+    yield Transfer("target ids", "tp", "all-gather", 2 * concepts.num_targets * rows * seq_len, exposed=True)
+
+
+def _metrics(config: RunConfig, layout: Layout) -> Iterator[Transfer]:
+    size = FP64 * METRIC_SLOTS[config.objective.name]
+    if config.objective.name == "cocomix" and config.concepts is not None:
+        size += 2 * (config.concepts.num_concepts + 1)
+    yield Transfer("metrics", "dp", "all-reduce", size, exposed=True)
