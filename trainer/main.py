@@ -100,7 +100,7 @@ def train(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
             write_status(run_dir, "running", loop.progress.step)
         outcome = loop.run()
         if outcome == "finished":
-            publish(config, parts.engine.model, is_main=world.is_main)
+            publish(config, parts.engine, is_main=world.is_main)
         if world.is_main:
             write_status(run_dir, outcome, loop.progress.step)
     except TrainingDiverged as error:
@@ -109,6 +109,7 @@ def train(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
     finally:
         loop.report_saves(checkpointer.close())
         parts.loader.close()
+        parts.engine.close()
         metrics_logger.close()
         heartbeat.close()
     return outcome
