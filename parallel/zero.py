@@ -100,6 +100,8 @@ class ZeroEngine:
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.optimizer = build_optimizer(model)
         self._group = _share_group(config.timeout_s)
+        # Deepspeed insists on it, also for a run of one rank without a launcher.
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
@@ -276,6 +278,8 @@ class ZeroEngine:
         if self._stage < 3:
             zero.update_lp_params()
             return
+        # What is whole would stay as it is, the small parameters above all.
+        zero._partition_all_parameters()
         for index in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(index)
         if zero.persistent_parameters:
@@ -317,6 +321,8 @@ def _preload() -> None:
         import deepspeed.ops
         import deepspeed.runtime.zero.muon.muon_optimizer
         import deepspeed.runtime.zero.stage3
+    # Torch renamed collectives that deepspeed calls at every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # A shared-memory collective for CPUs that gloo already provides.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

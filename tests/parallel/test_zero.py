@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import parallel.zero
 from parallel.config import ParallelConfig
 from parallel.world import World
 from parallel.zero import ZeroEngine
@@ -31,10 +32,10 @@ pytestmark = pytest.mark.usefixtures("deepspeed_before_forks")
 
 def _train(
     world: World, config: ParallelConfig, precision: Any, steps: int
-) -> tuple[History, dict[str, Any], dict[str, Any]]:
+) -> tuple[History, dict[str, Any], dict[str, Any], set[torch.dtype]]:
     run = ToyRun(world, config, precision)
     initial = run.whole()
-    return run.train(0, steps), run.whole(), initial
+    return run.train(0, steps), run.whole(), initial, {weight.dtype for weight in run.model.parameters()}
 
 
 def deviation(one: History, other: History) -> float:
@@ -53,7 +54,7 @@ def one_rank() -> History:
 @pytest.mark.parametrize(("stage", "world_size"), [(1, 2), (2, 2), (3, 2), (2, 3), (3, 3)])
 def test_every_stage_trains_like_one_rank(stage: int, world_size: int, one_rank: History) -> None:
     """Catches averaged gradients, lost microbatches and a norm of one rank's part; 3 divides no size."""
-    for history, _, _ in run_ranks(_train, world_size, ZERO[stage], "fp32", STEPS):
+    for history, *_ in run_ranks(_train, world_size, ZERO[stage], "fp32", STEPS):
         assert deviation(history, one_rank) < 1e-5
 
 
@@ -61,8 +62,9 @@ def test_every_stage_trains_like_one_rank(stage: int, world_size: int, one_rank:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_starts_from_and_keeps_fp32_masters(stage: int) -> None:
     """Catches initial weights rounded to bf16, and masters or moments in bf16."""
-    expected, _, initial = run_ranks(_train, 2, FSDP, "bf16", STEPS)[0]
-    history, whole, own_initial = run_ranks(_train, 2, ZERO[stage], "bf16", STEPS)[0]
+    expected, _, initial, _ = run_ranks(_train, 2, FSDP, "bf16", STEPS)[0]
+    history, whole, own_initial, computed = run_ranks(_train, 2, ZERO[stage], "bf16", STEPS)[0]
+    assert computed == {torch.bfloat16}
     assert_equal(own_initial, initial)
     assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
     weight = whole["model.blocks.0.mlp.weight"]
@@ -77,8 +79,8 @@ def test_offload_to_the_cpu_trains_alike(stage: int, precision: Any) -> None:
     offload = ParallelConfig(
         engine="deepspeed", zero_stage=stage, offload_optimizer=True, offload_parameters=stage == 3
     )
-    plain, expected, _ = run_ranks(_train, 2, ZERO[stage], precision, 6)[0]
-    history, whole, _ = run_ranks(_train, 2, offload, precision, 6)[0]
+    plain, expected, *_ = run_ranks(_train, 2, ZERO[stage], precision, 6)[0]
+    history, whole, *_ = run_ranks(_train, 2, offload, precision, 6)[0]
     assert deviation(history, plain) < 1e-6
     # A bias of all keys changes no softmax: its gradient is rounding noise, which Adam blows up.
     for name in [name for name in whole if "qkv.bias" not in name]:
@@ -160,6 +162,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
 ) -> None:
     """Catches any state that the engine-neutral form forgets."""
     history, resumed, whole, resumed_whole = run_ranks(_resume, 2, ZERO[stage], precision, tmp_path)[0]
+    assert history == resumed
+    assert_equal(whole, resumed_whole)
+
+
+@pytest.mark.dist
+def test_weights_that_stage_3_leaves_whole_follow_a_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Catches small weights, by default whole on every rank, that stay the initial ones in forward."""
+    monkeypatch.setattr(parallel.zero, "_WHOLE_BELOW", 100_000)
+    history, resumed, whole, resumed_whole = run_ranks(_resume, 2, ZERO[3], "bf16", tmp_path)[0]
     assert history == resumed
     assert_equal(whole, resumed_whole)
 

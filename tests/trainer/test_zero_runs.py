@@ -64,7 +64,7 @@ def test_every_stage_logs_what_one_rank_logs(
 @pytest.mark.parametrize("stage", [1, 3])
 def test_bf16_stays_near_fsdp(stage: int, tiny_world: Path, tmp_path: Path) -> None:
     """Catches bf16 master weights or reductions."""
-    precision = {"train__precision": "bf16"}
+    precision: dict[str, Any] = {"train__precision": "bf16"}
     train_on_ranks(tiny_config(tiny_world, tmp_path / "fsdp", **precision), 2)
     train_on_ranks(tiny_config(tiny_world, tmp_path / "zero", **precision, **zero(stage)), 2)
     for own, other in zip(losses(tmp_path / "zero"), losses(tmp_path / "fsdp"), strict=True):
@@ -75,8 +75,15 @@ def test_bf16_stays_near_fsdp(stage: int, tiny_world: Path, tmp_path: Path) -> N
 @pytest.mark.dist
 def test_a_run_moves_through_all_engines(tiny_world: Path, tmp_path: Path) -> None:
     """Catches checkpoints that only their own engine or world size can continue."""
-    flat = {"optim__min_lr": 3e-3, "validation__every_steps": 2, "checkpoint__every_steps": 0}
-    layouts = [({}, 2), (zero(3), 1), (zero(1), 2), (zero(2), 3), (zero(3), 2), ({}, 1)]
+    flat: dict[str, Any] = {"optim__min_lr": 3e-3, "validation__every_steps": 2, "checkpoint__every_steps": 0}
+    layouts: list[tuple[dict[str, Any], int]] = [
+        ({}, 2),
+        (zero(3), 1),
+        (zero(1), 2),
+        (zero(2), 3),
+        (zero(3), 2),
+        ({}, 1),
+    ]
     for index, (layout, num_ranks) in enumerate(layouts):
         steps = 2 * (index + 1)
         config = tiny_config(tiny_world, tmp_path / "parts", train__steps=steps, **flat, **layout)
@@ -95,10 +102,13 @@ def test_another_engine_publishes_the_same_bytes(
     layout: dict[str, Any], tiny_world: Path, tmp_path: Path
 ) -> None:
     """Catches a checkpoint, loaded elsewhere, of which a single bit differs."""
-    steps = {"train__steps": 3}
+    steps: dict[str, Any] = {"train__steps": 3}
     train_on_ranks(tiny_config(tiny_world, tmp_path / "run", **steps, **layout), 2)
     expected = published(tmp_path / "run")
-    for other, num_ranks in ((zero(3), 1), ({}, 3)) if layout != zero(3) else ((zero(1), 3), ({}, 1)):
+    others: list[tuple[dict[str, Any], int]] = [(zero(3), 1), ({}, 3)]
+    if layout == zero(3):
+        others = [(zero(1), 3), ({}, 1)]
+    for other, num_ranks in others:
         (tmp_path / "run" / "model" / "model.safetensors").unlink()
         train_on_ranks(tiny_config(tiny_world, tmp_path / "run", **steps, **other), num_ranks)
         assert published(tmp_path / "run") == expected
