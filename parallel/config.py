@@ -20,11 +20,17 @@ class ParallelConfig:
     """Ranks that compute one share of the batch together (tensor and sequence parallel); must divide
     the student's heads and ``data.seq_len``."""
 
-    engine: Literal["fsdp"] = "fsdp"
-    """Who shards the optimizer: ``fsdp`` is torch's fully_shard (FSDP2)."""
+    engine: Literal["fsdp", "deepspeed"] = "fsdp"
+    """Who shards the optimizer: ``fsdp`` is torch's fully_shard (FSDP2), ``deepspeed`` is ZeRO."""
 
     zero_stage: int = 0
-    """ZeRO stage of the DeepSpeed engine; 0 with ``engine: fsdp``."""
+    """With ``engine: deepspeed`` 1 shards optimizer state, 2 gradients too, 3 parameters too; else 0."""
+
+    offload_optimizer: bool = False
+    """Keep master weights and optimizer state in CPU memory and update there (DeepSpeed only)."""
+
+    offload_parameters: bool = False
+    """Keep the sharded parameters in CPU memory between their uses (DeepSpeed stage 3 only)."""
 
     reshard_after_forward: bool = True
     """Free a block's gathered weights after its forward and gather them again in backward (ZeRO-3)."""
@@ -41,7 +47,34 @@ class ParallelConfig:
             )
         if self.tp < 1:
             raise ValueError(f"tp={self.tp} must be at least 1")
-        if self.zero_stage != 0:
-            raise ValueError(f"zero_stage={self.zero_stage} must be 0 with engine={self.engine}")
         if self.timeout_s <= 0:
             raise ValueError(f"timeout_s={self.timeout_s} must be above 0")
+        if self.engine == "fsdp":
+            self._check_fsdp()
+        else:
+            self._check_deepspeed()
+
+    def _check_fsdp(self) -> None:
+        if self.zero_stage != 0:
+            raise ValueError(f"zero_stage={self.zero_stage} must be 0 with engine=fsdp")
+        for name in ("offload_optimizer", "offload_parameters"):
+            if getattr(self, name):
+                raise ValueError(f"{name}=true needs engine=deepspeed")
+
+    def _check_deepspeed(self) -> None:
+        if not 1 <= self.zero_stage <= 3:
+            raise ValueError(
+                f"zero_stage={self.zero_stage} must be 1, 2 or 3 with engine=deepspeed: "
+                "stage 0 shards nothing, and engine=fsdp does that better"
+            )
+        if self.tp > 1:
+            raise ValueError(f"tp={self.tp} must be 1 with engine=deepspeed: ZeRO shards plain tensors only")
+        if self.dp_replicate > 1:
+            raise ValueError(
+                f"dp_replicate={self.dp_replicate} must be 1 with engine=deepspeed: "
+                "ZeRO shards over all ranks; engine=fsdp has hybrid sharding"
+            )
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_parameters=true needs zero_stage=3: stage {self.zero_stage} keeps parameters whole"
+            )

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
+from parallel.apply import gather_full_state
 from parallel.mesh import Mesh
 
 
@@ -61,6 +62,18 @@ class Engine(Protocol):
             ValueError: The state's parameters are not this model's.
         """
 
+    def gather(self) -> dict[str, Tensor]:
+        """Return the whole weights on rank 0; a collective over all ranks.
+
+        Returns:
+            On rank 0 fp32 CPU copies of parameters and persistent buffers (integer tensors keep their
+            dtype) by name, in the model's order; elsewhere an empty dict.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of process groups; the engine cannot be used after that."""
+
 
 class FsdpEngine:
     """Torch's fully_shard (FSDP2) with a fused AdamW over the sharded weights."""
@@ -87,7 +100,7 @@ class FsdpEngine:
         self.mesh = mesh
         self._max_norm = clip_norm if clip_norm > 0 else math.inf
         self._clip_grad_norm_ = clip_grad_norm_
-        _allocate_state(optimizer)
+        allocate_state(optimizer, _parameters(optimizer))
 
     def backward(self, loss: Tensor, *, last_microbatch: bool) -> None:
         """See :meth:`Engine.backward`."""
@@ -121,7 +134,7 @@ class FsdpEngine:
         """See :meth:`Engine.load_state_dict`."""
         own = self.state_dict()
         for part in ("model", "optimizer"):
-            _require_same_names(part, own[part], state[part])
+            require_same_names(part, own[part], state[part])
         groups = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
         set_state_dict(
             self.model,
@@ -130,18 +143,25 @@ class FsdpEngine:
             optim_state_dict={"state": state["optimizer"], "param_groups": groups},
         )
 
+    def gather(self) -> dict[str, Tensor]:
+        """See :meth:`Engine.gather`."""
+        return gather_full_state(self.model)
+
+    def close(self) -> None:
+        """Nothing to do: the groups belong to the mesh."""
+
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _allocate_state(optimizer: torch.optim.AdamW) -> None:
-    """Make AdamW's state as its first step would.
+def allocate_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
+    """Make AdamW's state of ``parameters`` as its first step would.
 
     A state that torch.distributed.checkpoint has to make before the first step comes from a trial
     step, which leaves the step counter at 1.
     """
-    for parameter in _parameters(optimizer):
+    for parameter in parameters:
         if not optimizer.state[parameter]:
             optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -150,7 +170,12 @@ def _allocate_state(optimizer: torch.optim.AdamW) -> None:
             }
 
 
-def _require_same_names(part: str, own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+def require_same_names(part: str, own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Refuse a state whose names are not ``own``'s.
+
+    Raises:
+        ValueError: Lists the names that are missing and unknown.
+    """
     missing, unknown = sorted(own.keys() - other.keys()), sorted(other.keys() - own.keys())
     if missing or unknown:
         raise ValueError(f"the {part} state does not fit: missing {missing}, unknown {unknown}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+from collections.abc import Iterator
 
 import pytest
 
@@ -27,3 +29,20 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="module")
+def deepspeed_before_forks() -> Iterator[None]:
+    """Import deepspeed once for all ranks that a module forks; its stage 3 partitions small weights too."""
+    import torch
+
+    import parallel.zero
+
+    parallel.zero.load_deepspeed(torch.device("cpu"))
+    # It collects garbage at every turn, and so many modules are a lot to walk through.
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel.zero, "_WHOLE_BELOW", 0)
+        yield
+    gc.unfreeze()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.loader import TokenLoader, open_manifest
 from data.manifest import Manifest
@@ -14,6 +15,7 @@ from parallel.apply import apply_parallel, materialize, tensor_group
 from parallel.engine import Engine, FsdpEngine
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import World
+from parallel.zero import ZeroEngine
 from trainer.concepts.extractor import TargetExtractor, check_vocabulary, load_teacher
 from trainer.concepts.sae_training import SaeLearner, init_sae_parameter
 from trainer.config import RunConfig
@@ -136,17 +138,33 @@ def _build_sae(
 
 def _build_engine(config: RunConfig, mesh: Mesh, model: nn.Module, device: torch.device) -> Engine:
     assert isinstance(model, GPT2 | SaeLearner)
-    apply_parallel(model, model.plan, mesh, config.parallel, config.train.precision)
-    if isinstance(model, SaeLearner):
-        init = partial(init_sae_parameter, seed=config.run.seed)
-    else:
-        assert config.model is not None
-        assert isinstance(model, GPT2)
-        init = partial(
-            initial_value,
-            seed=config.run.seed,
-            n_layer=config.model.n_layer,
-            real_rows=Layout.of(model).real_rows,
+    init = _initial_values(config, model)
+    if config.parallel.engine == "deepspeed":
+        return ZeroEngine(
+            model,
+            partial(build_optimizer, config=config.optim),
+            init,
+            mesh,
+            config.parallel,
+            precision=config.train.precision,
+            clip_norm=config.optim.clip_norm,
+            device=device,
         )
+    apply_parallel(model, model.plan, mesh, config.parallel, config.train.precision)
     materialize(model, device, init)
     return FsdpEngine(model, build_optimizer(model, config.optim), mesh, config.optim.clip_norm)
+
+
+def _initial_values(
+    config: RunConfig, model: GPT2 | SaeLearner
+) -> Callable[[str, torch.Size, torch.dtype], Tensor]:
+    """Initial weights by name: the same for every engine and layout."""
+    if isinstance(model, SaeLearner):
+        return partial(init_sae_parameter, seed=config.run.seed)
+    assert config.model is not None
+    return partial(
+        initial_value,
+        seed=config.run.seed,
+        n_layer=config.model.n_layer,
+        real_rows=Layout.of(model).real_rows,
+    )

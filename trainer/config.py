@@ -287,6 +287,11 @@ class RunConfig:
                 raise ValueError(
                     f"{section}: section is missing, objective.name={self.objective.name} needs it"
                 )
+        if self.objective.name == "sae" and self.parallel.engine != "fsdp":
+            raise ValueError(
+                f"parallel.engine={self.parallel.engine} does not fit objective.name=sae, which changes "
+                "gradients and weights around each update: use parallel.engine=fsdp"
+            )
         if self.model is not None and self.data.seq_len > self.model.n_positions:
             raise ValueError(
                 f"data.seq_len={self.data.seq_len} must be at most model.n_positions={self.model.n_positions}"

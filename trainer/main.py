@@ -108,7 +108,7 @@ def train(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
         outcome = loop.run()
         if outcome == "finished":
             with heartbeat.phase("publish"):
-                publish(config, parts.engine.model, is_main=world.is_main)
+                publish(config, parts.engine, is_main=world.is_main)
         if world.is_main:
             write_status(run_dir, outcome, loop.progress.step)
     except TrainingDiverged as error:
@@ -118,6 +118,7 @@ def train(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
         heartbeat.beat(loop.progress.step, "leave")
         loop.report_saves(checkpointer.close())
         parts.loader.close()
+        parts.engine.close()
         metrics_logger.close()
         heartbeat.close()
     return outcome

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
-
-from parallel.apply import gather_full_state
+from parallel.engine import Engine
 from trainer.concepts.sae_formats import save_sae
 from trainer.concepts.sae_training import SaeLearner
 from trainer.config import RunConfig
@@ -19,19 +17,19 @@ def published_path(config: RunConfig) -> Path:
     return Path(config.run.dir) / "model" / name
 
 
-def publish(config: RunConfig, model: nn.Module, *, is_main: bool) -> Path:
+def publish(config: RunConfig, engine: Engine, *, is_main: bool) -> Path:
     """Write the trained weights below ``RUN/model``; a collective over all ranks.
 
     A student or teacher becomes a model folder (``trainer.model.formats``), an autoencoder the
     published .pt. The file appears whole or not at all.
     """
     path = published_path(config)
-    state = gather_full_state(model)
+    state = engine.gather()
     if not is_main:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, SaeLearner):
-        save_sae(path, model.to_sae(state))
+    if isinstance(engine.model, SaeLearner):
+        save_sae(path, engine.model.to_sae(state))
     else:
         assert config.model is not None
         concepts = config.concepts if config.objective.name == "cocomix" else None

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.optim import AdamW
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -139,33 +140,25 @@ def _group_name(args: tuple[Any, ...]) -> str:
     return str([argument for argument in args if isinstance(argument, str)][-1])
 
 
-class _Phases:
-    """An engine that tells the meter what comes."""
+class _Phases(FsdpEngine):
+    """The engine, telling the meter what comes."""
 
-    def __init__(self, engine: FsdpEngine, meter: Meter) -> None:
-        self.engine = engine
+    def __init__(
+        self, meter: Meter, model: nn.Module, optimizer: AdamW, mesh: Mesh, clip_norm: float
+    ) -> None:
+        super().__init__(model, optimizer, mesh, clip_norm)
         self.meter = meter
         self.gradients = 0
 
-    @property
-    def model(self) -> nn.Module:
-        return self.engine.model
-
     def backward(self, loss: Tensor, *, last_microbatch: bool) -> None:
         self.meter.phase = "backward"
-        self.engine.backward(loss, last_microbatch=last_microbatch)
+        super().backward(loss, last_microbatch=last_microbatch)
         self.meter.phase = "forward"
 
     def step(self, lr: float) -> Tensor:
         self.meter.phase = "optimizer"
         self.gradients = sum(_local_bytes(weight.grad) for weight in self.model.parameters())
-        return self.engine.step(lr)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.engine.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.engine.load_state_dict(state)
+        return super().step(lr)
 
 
 class _MeteredExtractor(TargetExtractor):
@@ -197,7 +190,7 @@ def measure(plan: Plan) -> Measured:
         stack.enter_context(meter)
         model.to_empty(device="cpu")
         optimizer = build_optimizer(model, config.optim)
-        engine = _Phases(FsdpEngine(model, optimizer, mesh, config.optim.clip_norm), meter)
+        engine = _Phases(meter, model, optimizer, mesh, config.optim.clip_norm)
         _train_one_step(plan, mesh, engine, frozen)
         states = [state for entry in optimizer.state.values() for state in entry.values()]
         return Measured(

@@ -12,13 +12,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from parallel.apply import Precision, apply_parallel, gather_full_state, materialize
+from parallel.apply import Precision, apply_parallel, materialize
 from parallel.collectives import sum_over_ranks
 from parallel.config import ParallelConfig
 from parallel.engine import FsdpEngine
 from parallel.mesh import Mesh, build_mesh
 from parallel.plan import ParallelPlan
 from parallel.world import World
+from parallel.zero import ZeroEngine
 
 VOCAB, WIDTH, LAYERS, HEADS, TOKENS, ROWS = 17, 6, 2, 2, 5, 12
 """No shard count of 2, 3 or 4 divides both 17 and 6, and the scale's 2 rows leave ranks without any."""
@@ -111,18 +112,34 @@ class ToyRun:
         self.mesh: Mesh = build_mesh(self.config, self.world)
         with torch.device("meta"):
             self.model = ToyModel(self.residual_dtype)
-        apply_parallel(self.model, PLAN, self.mesh, self.config, self.precision)
-        materialize(self.model, self.world.device, self.init)
-        optimizer = torch.optim.AdamW(
+        self.engine: FsdpEngine | ZeroEngine
+        if self.config.engine == "deepspeed":
+            self.engine = ZeroEngine(
+                self.model,
+                self.build_optimizer,
+                self.init,
+                self.mesh,
+                self.config,
+                precision=self.precision,
+                clip_norm=self.clip_norm,
+                device=self.world.device,
+            )
+        else:
+            apply_parallel(self.model, PLAN, self.mesh, self.config, self.precision)
+            materialize(self.model, self.world.device, self.init)
+            self.engine = FsdpEngine(self.model, self.build_optimizer(self.model), self.mesh, self.clip_norm)
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.AdamW:
+        """Fused AdamW; matrices are decayed."""
+        return torch.optim.AdamW(
             [
-                {"params": [p for p in self.model.parameters() if p.ndim > 1], "weight_decay": 0.1},
-                {"params": [p for p in self.model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+                {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+                {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
             ],
             lr=0.0,
             betas=self.betas,
             fused=True,
         )
-        self.engine = FsdpEngine(self.model, optimizer, self.mesh, self.clip_norm)
 
     def microbatches(self, step: int) -> tuple[Tensor, ...]:
         """This rank's rows of one step in pieces of 2; the last one may be short."""
@@ -133,7 +150,7 @@ class ToyRun:
         rows = self.microbatches(step)
         total = torch.zeros(())
         for index, tokens in enumerate(rows):
-            loss = self.model(tokens[:, :-1], tokens[:, 1:]) / (ROWS * TOKENS)
+            loss = self.engine.model(tokens[:, :-1], tokens[:, 1:]) / (ROWS * TOKENS)
             self.engine.backward(loss, last_microbatch=index == len(rows) - 1)
             total += loss.detach()
         return sum_over_ranks(total, self.mesh)
@@ -146,7 +163,7 @@ class ToyRun:
         """A forward without backward, which leaves the root's weights gathered."""
         with torch.no_grad():
             tokens = tokens_of(999)
-            loss: Tensor = self.model(tokens[:, :-1], tokens[:, 1:])
+            loss: Tensor = self.engine.model(tokens[:, :-1], tokens[:, 1:])
         return loss.item()
 
     def save(self, folder: Path) -> None:
@@ -161,7 +178,7 @@ class ToyRun:
 
     def whole(self) -> dict[str, Tensor]:
         """All weights and all of the optimizer's state as whole tensors, on rank 0."""
-        whole = {f"model.{name}": tensor for name, tensor in gather_full_state(self.model).items()}
+        whole = {f"model.{name}": tensor for name, tensor in self.engine.gather().items()}
         for name, state in self.engine.state_dict()["optimizer"].items():
             for key, value in state.items():
                 whole[f"optimizer.{name}.{key}"] = _whole(value)

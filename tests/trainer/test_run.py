@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -20,7 +22,7 @@ from tests.ranks import run_ranks
 from tests.trainer.tiny_run import tiny_config, with_changes
 from trainer.config import RunConfig
 from trainer.config_io import dump_config
-from trainer.main import EXIT_STOPPED, main, run, train
+from trainer.main import EXIT_STOPPED, main, train
 from trainer.metrics.json_lines import read_json_lines
 from trainer.model.cocomix import CoCoMix
 from trainer.model.formats import load_model
@@ -205,17 +207,30 @@ def test_killed_run_continues_and_logs_what_the_uninterrupted_run_logs(
 
 
 def run_in_child(config: RunConfig) -> int:
-    """Run as ``trainer.main`` does; in a fork, so that this process stays without a group."""
+    """Run as ``trainer.main`` does, in a fork: this process must stay without groups and threads."""
     return int(run_ranks(lambda world: 0 if train(config, world, StopRequest()) == "finished" else 1, 1)[0])
+
+
+def main_in_child(arguments: list[str]) -> tuple[int, str]:
+    """Exit code and stderr of the command line, in a fork."""
+
+    def call(world: World) -> tuple[int, str]:
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            code = main(arguments)
+        return code, errors.getvalue()
+
+    code, text = run_ranks(call, 1)[0]
+    return int(code), str(text)
 
 
 def test_a_finished_run_is_left_alone(tiny_world: Path, tmp_path: Path) -> None:
     """Catches a second start that trains on, or that forgets to publish."""
     config = tiny_config(tiny_world, tmp_path / "run", "ntp", train__steps=3)
-    assert run(config) == 0
+    assert run_in_child(config) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     (tmp_path / "run" / "model" / "model.safetensors").unlink()
-    assert run(config) == 0
+    assert run_in_child(config) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
@@ -225,7 +240,7 @@ def test_the_last_checkpoint_is_committed_before_the_run_counts_as_finished(
 ) -> None:
     """Catches a background save of the last step that nobody waits for."""
     config = tiny_config(tiny_world, tmp_path / "run", "ntp", train__steps=4, checkpoint__every_steps=2)
-    assert run(config) == 0
+    assert run_in_child(config) == 0
     events = read_json_lines(tmp_path / "run" / "events.jsonl")
     assert [(event["kind"], event.get("step")) for event in events[-2:]] == [("save", 4), ("finish", 4)]
 
@@ -235,7 +250,7 @@ def test_log_every_and_validation_steps_are_recorded(tiny_world: Path, tmp_path:
     config = tiny_config(
         tiny_world, tmp_path / "run", "ntp", log__every=5, validation__every_steps=4, train__steps=11
     )
-    assert run(config) == 0
+    assert run_in_child(config) == 0
     records = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [4, 5, 8, 10, 11]
     assert [record["step"] for record in records if "val_loss_ntp" in record] == [4, 8, 11]
@@ -248,7 +263,7 @@ def test_log_every_and_validation_steps_are_recorded(tiny_world: Path, tmp_path:
 def test_bf16_keeps_fp32_masters_and_learns(tiny_world: Path, tmp_path: Path) -> None:
     """Catches bf16 weights in the optimizer: small updates would be lost."""
     config = tiny_config(tiny_world, tmp_path / "run", train__precision="bf16", train__steps=20)
-    assert run(config) == 0
+    assert run_in_child(config) == 0
     records = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     assert records[-1]["loss_ntp"] < records[0]["loss_ntp"]
     assert load_model(tmp_path / "run").wte.weight.dtype == torch.float32
@@ -273,43 +288,38 @@ def test_what_does_not_fit_is_refused_in_one_line(
     message: str,
     tiny_world: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Catches a traceback, a silent fallback, or a run directory left half-written."""
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(tiny_config(tiny_world, tmp_path / "run", **changes)))
-    assert main(["--config", str(path)]) == 2
-    error = capsys.readouterr().err
+    code, error = main_in_child(["--config", str(path)])
+    assert code == 2
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_directory_of_another_configuration_is_refused(
-    tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_directory_of_another_configuration_is_refused(tiny_world: Path, tmp_path: Path) -> None:
     """Catches weights of one run continued with the settings of another."""
     config = tiny_config(tiny_world, tmp_path / "run", "ntp", train__steps=2)
-    assert run(config) == 0
+    assert run_in_child(config) == 0
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(with_changes(config, optim__lr=5e-3)))
-    assert main(["--config", str(path)]) == 2
-    error = capsys.readouterr().err
+    code, error = main_in_child(["--config", str(path)])
+    assert code == 2
     assert "optim.lr: 0.003" in error
     assert "0.005 now" in error
     assert "run.dir" in error
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
-def test_a_setting_that_may_change_is_warned_about(
-    tiny_world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_setting_that_may_change_is_warned_about(tiny_world: Path, tmp_path: Path) -> None:
     """Catches a silent change of the length or the layout of a run."""
     config = tiny_config(tiny_world, tmp_path / "run", "ntp", train__steps=2)
-    assert run(config) == 0
-    assert run(with_changes(config, train__steps=3, log__every=2)) == 0
+    assert run_in_child(config) == 0
+    assert run_in_child(with_changes(config, train__steps=3, log__every=2)) == 0
     log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
     assert "train.steps: 2 in the checkpoint, 3 now" in log
     assert "log.every: 1 in the checkpoint, 2 now" in log
