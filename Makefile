@@ -8,12 +8,13 @@ SOURCES := data parallel trainer launch benchmarks
 LOGDIR ?= runs
 KILLS ?= 100
 FAULTS ?=
+TEST_ARGS ?=
 
 # Ranks share few cores in tests: one thread per process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm faults test-fast check format verify tensorboard clean
+.PHONY: help setup demo test test-runs test-parts test-slurm faults test-fast check format verify tensorboard clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +33,14 @@ demo: setup  ## train teacher, SAE and two students from the standard library's 
 	$(BIN)/python -m launch.demo
 
 test: setup  ## run every test but those that start a SLURM cluster
-	$(PYTEST) -m "not slurm"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-runs test-parts
+
+# The two halves of `make test`, side by side on two cores: whole runs of the trainer, and all else.
+test-runs: setup
+	$(PYTEST) -m "not slurm" tests/trainer $(TEST_ARGS)
+
+test-parts: setup
+	$(PYTEST) -m "not slurm" --ignore=tests/trainer tests $(TEST_ARGS)
 
 test-slurm: setup  ## run jobs on a real SLURM on this machine (Debian: apt-get install slurm-wlm munge)
 	$(PYTEST) -m slurm
