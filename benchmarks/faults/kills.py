@@ -76,11 +76,12 @@ class KilledRun:
         with Launch(train_rank(self.config), NUM_RANKS, rank_folder(self._run_dir)) as launch:
             killed = self._wait(launch, leftovers, during_save) and launch.signal(signal.SIGKILL, *victims)
             hit = self._unfinished() - leftovers
-            launch.end()
-            if not killed:
+            if not killed:  # one rank has ended by itself: the others are about to
+                launch.wait(LAUNCH_TIMEOUT_S)
                 self.finished = True
                 launch.results()
                 return None
+            launch.end()
         problems = self.check_start(committed, num_events)
         what, more = self.check_end(num_events)
         self.tally.in_saves += bool(hit)
