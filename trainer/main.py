@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.cli import run_cli
@@ -135,20 +136,34 @@ def run(config: RunConfig) -> int:
     return 0 if outcome == "finished" else EXIT_STOPPED
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.main",
-        description="Train what a configuration says; any key can be overridden: --train.steps=100",
-        allow_abbrev=False,
-    )
+def run_config_cli(
+    work: Callable[[RunConfig, Path], int], *, prog: str, description: str, argv: Sequence[str] | None
+) -> int:
+    """Command line of a program that trains from ``--config`` and overrides; returns the exit code.
+
+    Args:
+        work: receives the configuration and its file, returns the exit code.
+        prog, description: shown by ``--help``.
+        argv: arguments without the program name; ``None`` reads the process's own.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
     return run_cli(
-        lambda args: run(load_config(RunConfig, args.config, args.overrides)),
+        lambda args: work(load_config(RunConfig, args.config, args.overrides), args.config),
         parser,
         argv,
         errors=(CheckpointError, TrainingDiverged),
         overrides=True,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_config_cli(
+        lambda config, _: run(config),
+        prog="python -m trainer.main",
+        description="Train what a configuration says; any key can be overridden: --train.steps=100",
+        argv=argv,
     )
 
 

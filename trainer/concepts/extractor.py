@@ -75,6 +75,11 @@ class TargetExtractor:
         self, teacher: GPT2, sae: TopKSae, config: ConceptsConfig, tp: TensorGroup | None = None
     ) -> None:
         self.tp = tp or TensorGroup()
+        if self.tp.size > 1 and config.num_concepts - 1 > MAX_PACKED_ID:
+            raise ValueError(
+                f"concepts.num_concepts={config.num_concepts} must be at most {MAX_PACKED_ID + 1} "
+                f"with parallel.tp={self.tp.size}: ids travel in two bytes"
+            )
         self.teacher = teacher
         self.sae = sae
         self.config = config

@@ -6,18 +6,16 @@ windows: ``RUN/model/report.json``.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from data.cli import run_cli
 from data.files import replace_text
 from data.loader import validation_batches
-from trainer.checkpoint.store import CheckpointError
 from trainer.concepts.extractor import load_teacher
 from trainer.concepts.sae_formats import load_sae
 from trainer.concepts.sae_training import (
@@ -28,9 +26,8 @@ from trainer.concepts.sae_training import (
     splice_losses,
 )
 from trainer.config import RunConfig
-from trainer.config_io import ConfigError, load_config
-from trainer.health import TrainingDiverged
-from trainer.main import run
+from trainer.config_io import ConfigError
+from trainer.main import run, run_config_cli
 from trainer.publish import published_path
 
 REPORT_NAME = "report.json"
@@ -86,20 +83,13 @@ def train_and_measure(config: RunConfig, source: Path) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    return run_config_cli(
+        train_and_measure,
         prog="python -m trainer.concepts.train_sae",
         description="Train a TopK sparse autoencoder on a teacher's residuals",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/demo_sae.yaml")
-    return run_cli(
-        lambda args: train_and_measure(load_config(RunConfig, args.config, args.overrides), args.config),
-        parser,
-        argv,
-        errors=(CheckpointError, TrainingDiverged),
-        overrides=True,
+        argv=argv,
     )
 
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
+from parallel.tensor import TensorGroup
 from tests.trainer.model.tiny import tiny_gpt2
 from tests.trainer.tiny_run import tiny_config
 from trainer.concepts.attribution import attribution, residual_and_gradient
-from trainer.concepts.extractor import TargetExtractor, check_vocabulary, load_teacher
+from trainer.concepts.extractor import (
+    MAX_PACKED_ID,
+    TargetExtractor,
+    check_vocabulary,
+    load_teacher,
+    pack_ids,
+    unpack_ids,
+)
 from trainer.config import ConceptsConfig
 from trainer.kernels.reference import IGNORED_LABEL, MASKED_TARGET
 from trainer.model.formats import save_model
@@ -94,3 +103,21 @@ def test_unfit_teachers_are_refused(tiny_world: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "wide", other.state_dict(), other.config, None)
     with pytest.raises(ValueError, match="16"):
         TargetExtractor.load(_config(tiny_world, teacher=str(tmp_path / "wide")), CPU)
+
+
+def test_packed_ids_survive_up_to_their_bound() -> None:
+    """Catches ids above 32,767 that come back negative, and a mask that becomes an id."""
+    ids = torch.tensor([[0, 32767, 32768, MAX_PACKED_ID, MASKED_TARGET]])
+    assert torch.equal(unpack_ids(pack_ids(ids)), ids)
+    assert pack_ids(ids).numel() == 2 * ids.numel()
+
+
+def test_a_dictionary_too_large_for_two_bytes_is_refused_under_tensor_parallelism(tiny_world: Path) -> None:
+    """Catches ids that wrap around silently on their way between ranks."""
+    loaded = TargetExtractor.load(_config(tiny_world), CPU)
+    config = dataclasses.replace(loaded.config, num_concepts=MAX_PACKED_ID + 2)
+    group = TensorGroup()
+    TargetExtractor(loaded.teacher, loaded.sae, config, group)
+    group.size = 2
+    with pytest.raises(ValueError, match=r"num_concepts=65536 must be at most 65535 with parallel.tp=2"):
+        TargetExtractor(loaded.teacher, loaded.sae, config, group)
