@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.batch import Batch
 from data.config import DataConfig
 from data.manifest import TOKENIZER_NAME, DataError, Manifest, read_manifest
 from data.order import WindowOrder
@@ -92,11 +93,11 @@ class TokenLoader:
     def __iter__(self) -> TokenLoader:
         return self
 
-    def __next__(self) -> torch.Tensor:
+    def __next__(self) -> Batch:
         """Return this rank's rows of the next optimizer step.
 
         Returns:
-            (rows_per_step // world_size, seq_len + 1) uint16, or int32 for uint32 shards.
+            tokens (rows_per_step // world_size, seq_len + 1) uint16, or int32 for uint32 shards; all count.
 
         Raises:
             DataError: a damaged shard.
@@ -106,9 +107,9 @@ class TokenLoader:
                 self._read(self._next_row), self._config.prefetch_steps, self._pin_device
             )
             self._finalizer = weakref.finalize(self, self._batches.close)
-        batch = next(self._batches)
+        tokens = next(self._batches)
         self._next_row = after_skips(self._next_row, self._config.skip) + self._rows_per_step
-        return batch
+        return Batch(tokens, len(tokens))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the next row and what fixes the order; JSON-able, of constant size.
@@ -166,7 +167,7 @@ class TokenLoader:
 
 def validation_batches(
     config: DataConfig, *, share: float, rows: int, rank: int, world_size: int
-) -> Iterator[tuple[torch.Tensor, int]]:
+) -> Iterator[Batch]:
     """Return the first ``share`` of the validation windows, in the order of the corpus.
 
     Every rank gets the same number of batches, and all ranks together get each window once.
@@ -177,7 +178,7 @@ def validation_batches(
         rank, world_size: the data-parallel ones.
 
     Yields:
-        tokens (rows, seq_len + 1) and how many of the rows count; the others repeat a window.
+        tokens (rows, seq_len + 1) as in training; rows that do not count repeat a window.
 
     Raises:
         ValueError: ``share`` or ``rows`` out of bounds.
@@ -195,7 +196,7 @@ def validation_batches(
     steps = (windows[np.minimum(start + np.arange(rows), len(windows) - 1)] for start in starts)
     arrays = read_windows(Path(config.dir), manifest, "val", config.seq_len, steps, VALIDATION_KEEP_STEPS)
     real = (min(max(len(windows) - start, 0), rows) for start in starts)
-    return zip(map(_to_tensor, arrays), real, strict=True)
+    return map(Batch, map(_to_tensor, arrays), real)
 
 
 def after_skips(row: int, skip: Sequence[tuple[int, int]]) -> int:

@@ -128,7 +128,7 @@ class Loop:
             parts.engine,
             parts.objective,
             parts.mesh,
-            batch.to(parts.world.device, non_blocking=True),
+            batch.to(parts.world.device),
             microbatch_size=config.train.microbatch_size,
             tokens_per_step=config.tokens_per_step,
             lr=lr,
@@ -218,7 +218,14 @@ class Loop:
                 rank=parts.mesh.dp_rank,
                 world_size=parts.mesh.dp_size,
             )
-            values = validate(parts.engine, parts.objective, parts.mesh, batches, parts.world.device)
+            values = validate(
+                parts.engine,
+                parts.objective,
+                parts.mesh,
+                batches,
+                config.train.microbatch_size,
+                parts.world.device,
+            )
         self.log.validation(self.progress.step, values)
         self.progress.validated_step = self.progress.step
         self.last_validation = values

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from data.batch import Batch
 from parallel.collectives import min_over_ranks
 from parallel.mesh import Mesh
 from trainer.concepts.extractor import TargetExtractor
@@ -49,8 +50,8 @@ class Objective(Protocol):
         """Reported metrics, as ratios of summed slots."""
         ...
 
-    def __call__(self, model: nn.Module, tokens: Tensor, num_rows: int, *, detail: bool) -> LossTerms:
-        """Loss of tokens (b, T+1) int64, of which the first ``num_rows`` rows count.
+    def __call__(self, model: nn.Module, batch: Batch, *, detail: bool) -> LossTerms:
+        """Loss of a microbatch.
 
         ``detail`` also computes the metrics that cost extra passes over wide tensors.
         """
@@ -65,12 +66,13 @@ class Objective(Protocol):
         ...
 
 
-def split_tokens(tokens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Inputs and next tokens of (b, T+1); rows from ``num_rows`` on are padding and get no label."""
+def split_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Inputs and next tokens, both (b, T) int64; rows that do not count get no label."""
+    tokens = batch.tokens.long()
     input_ids, labels = tokens[:, :-1], tokens[:, 1:]
-    if num_rows < tokens.shape[0]:
+    if batch.num_rows < len(labels):
         labels = labels.clone()
-        labels[num_rows:] = IGNORED_LABEL
+        labels[batch.num_rows :] = IGNORED_LABEL
     return input_ids, labels
 
 
@@ -89,11 +91,11 @@ class NextToken(_NoHooks):
 
     means = (Mean("loss_ntp", "ntp_nats", "tokens"),)
 
-    def __call__(self, model: nn.Module, tokens: Tensor, num_rows: int, *, detail: bool) -> LossTerms:
+    def __call__(self, model: nn.Module, batch: Batch, *, detail: bool) -> LossTerms:
         """See :class:`Objective`."""
-        input_ids, labels = split_tokens(tokens, num_rows)
+        input_ids, labels = split_tokens(batch)
         loss = model(input_ids, labels).loss_ntp
-        return LossTerms(loss, {"ntp_nats": loss.detach(), "tokens": num_rows * input_ids.shape[1]})
+        return LossTerms(loss, {"ntp_nats": loss.detach(), "tokens": batch.num_rows * input_ids.shape[1]})
 
 
 class CoCoMixLoss(_NoHooks):
@@ -117,17 +119,16 @@ class CoCoMixLoss(_NoHooks):
         self.extractor = extractor
         self.concept_weight = concept_weight
 
-    def __call__(self, model: nn.Module, tokens: Tensor, num_rows: int, *, detail: bool) -> LossTerms:
+    def __call__(self, model: nn.Module, batch: Batch, *, detail: bool) -> LossTerms:
         """See :class:`Objective`; ``detail`` ranks the targets among all concepts."""
-        input_ids, labels = split_tokens(tokens, num_rows)
+        input_ids, labels = split_tokens(batch)
         targets = self.extractor(input_ids, labels)
-        if num_rows < targets.shape[0]:
-            targets[num_rows:] = MASKED_TARGET
+        targets[batch.num_rows :] = MASKED_TARGET
         out = model(input_ids, labels, targets, with_ranks=detail)
         loss = out.loss_ntp + self.concept_weight * out.loss_concept
         counts = out.concepts
         sums = {
-            "tokens": num_rows * input_ids.shape[1],
+            "tokens": batch.num_rows * input_ids.shape[1],
             "ntp_nats": out.loss_ntp.detach(),
             "concept_nats": out.loss_concept.detach(),
             "total_nats": loss.detach(),
@@ -159,13 +160,13 @@ class SaeLoss:
         self.layer = layer
         self.tokens_per_step = tokens_per_step
 
-    def __call__(self, model: nn.Module, tokens: Tensor, num_rows: int, *, detail: bool) -> LossTerms:
+    def __call__(self, model: nn.Module, batch: Batch, *, detail: bool) -> LossTerms:
         """See :class:`Objective`."""
         assert isinstance(model, SaeLearner)
         with torch.no_grad():
-            residual = self.teacher.residual_after(tokens[:num_rows, :-1], self.layer)
+            residual = self.teacher.residual_after(batch.tokens[: batch.num_rows, :-1].long(), self.layer)
         terms = model(residual)
-        num_tokens = num_rows * (tokens.shape[1] - 1)
+        num_tokens = batch.num_rows * (batch.tokens.shape[1] - 1)
         sums = {
             "tokens": num_tokens,
             "squared_error": terms.normalized_mse,

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from data.batch import Batch
 from parallel.collectives import sum_over_ranks
 from parallel.engine import Engine
 from parallel.mesh import Mesh
@@ -20,7 +21,7 @@ def train_step(
     engine: Engine,
     objective: Objective,
     mesh: Mesh,
-    tokens: Tensor,
+    batch: Batch,
     *,
     microbatch_size: int,
     tokens_per_step: int,
@@ -32,8 +33,7 @@ def train_step(
     """Forward and backward over this rank's rows, microbatch by microbatch, then one update.
 
     Args:
-        tokens: (R, T+1) integer token ids on the device: this rank's rows of the global batch. The
-            last microbatch may be shorter.
+        batch: this rank's rows of the global batch, on the device. The last microbatch may be shorter.
         microbatch_size: rows per forward and backward.
         tokens_per_step: tokens of the global batch; every loss is divided by it, so that gradients
             are sums over microbatches and ranks.
@@ -46,9 +46,9 @@ def train_step(
         () global gradient norm before clipping, on the device; the host waits for nothing.
     """
     metrics.reset()
-    microbatches = tokens.split(microbatch_size)
-    for index, rows in enumerate(microbatches):
-        terms = objective(engine.model, rows.long(), rows.shape[0], detail=detail)
+    microbatches = batch.microbatches(microbatch_size)
+    for index, microbatch in enumerate(microbatches):
+        terms = objective(engine.model, microbatch, detail=detail)
         engine.backward(terms.loss / tokens_per_step, last_microbatch=index == len(microbatches) - 1)
         metrics.add(**terms.sums)
         if usage is not None and terms.concepts is not None:
@@ -65,20 +65,22 @@ def validate(
     engine: Engine,
     objective: Objective,
     mesh: Mesh,
-    batches: Iterable[tuple[Tensor, int]],
+    batches: Iterable[Batch],
+    microbatch_size: int,
     device: torch.device,
 ) -> dict[str, float]:
     """Means over validation windows in eval mode, the same on all ranks.
 
     Args:
-        batches: the same number on every rank; (rows, T+1) tokens and how many of the rows count.
+        batches: the same number on every rank.
+        microbatch_size: rows per forward.
         device: where the model computes.
     """
     metrics = StepMetrics(objective.means, device)
     engine.model.eval()
-    for tokens, num_rows in batches:
-        rows = tokens.to(device, non_blocking=True).long()
-        metrics.add(**objective(engine.model, rows, num_rows, detail=True).sums)
+    for batch in batches:
+        for microbatch in batch.to(device).microbatches(microbatch_size):
+            metrics.add(**objective(engine.model, microbatch, detail=True).sums)
     engine.model.train()
     means = metrics.reduce(partial(sum_over_ranks, mesh=mesh))
     return {name: value.item() for name, value in means.items()}

@@ -121,6 +121,6 @@ def _rows_in_order(config: RunConfig) -> list[list[list[int]]]:
     """The rows of each step as one rank alone reads them."""
     loader = TokenLoader(config.data, rows_per_step=config.train.batch_size, rank=0, world_size=1)
     try:
-        return [next(loader).tolist() for _ in range(STEPS_PER_LAYOUT * len(LAYOUTS))]
+        return [next(loader).tokens.tolist() for _ in range(STEPS_PER_LAYOUT * len(LAYOUTS))]
     finally:
         loader.close()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import trainer.main
+from data.batch import Batch
 from parallel.mesh import Mesh
 from parallel.world import World
 from trainer.build import Parts, build_parts
@@ -39,15 +40,15 @@ class Observer:
         """Those of the run's objective."""
         return self._inner.means
 
-    def __call__(self, model: nn.Module, tokens: Tensor, num_rows: int, *, detail: bool) -> LossTerms:
+    def __call__(self, model: nn.Module, batch: Batch, *, detail: bool) -> LossTerms:
         """See :class:`trainer.objective.Objective`."""
         if model.training:
             if not self._in_step:
                 self._in_step = True
                 self.steps += 1
                 self.on_start()
-            self.on_tokens(tokens)
-        terms = self._inner(model, tokens, num_rows, detail=detail)
+            self.on_tokens(batch.tokens)
+        terms = self._inner(model, batch, detail=detail)
         return self.disturb(terms) if model.training else terms
 
     def before_step(self, model: nn.Module) -> None:

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import trainer.kernels.chunks
+from data.batch import Batch
 from launch.planning.forecast import Plan
 from launch.planning.traffic import Kind
 from parallel.apply import apply_parallel, tensor_group
@@ -253,7 +254,10 @@ def _train_one_step(plan: Plan, mesh: Mesh, engine: _Phases, frozen: tuple[GPT2,
         engine,
         objective,
         mesh,
-        torch.zeros(plan.layout.rows_per_rank, config.data.seq_len + 1, dtype=torch.int32),
+        Batch(
+            torch.zeros(plan.layout.rows_per_rank, config.data.seq_len + 1, dtype=torch.int32),
+            plan.layout.rows_per_rank,
+        ),
         microbatch_size=config.train.microbatch_size,
         tokens_per_step=config.tokens_per_step,
         lr=config.optim.lr,

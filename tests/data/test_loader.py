@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.batch import Batch
 from data.config import DataConfig
 from data.loader import TokenLoader, open_manifest, validation_batches, windows_per_chunk
 from data.manifest import Chunk, DataError, Manifest, Shard, read_manifest
@@ -35,8 +36,8 @@ def corpus_windows(folder: Path, manifest: Manifest, split: str) -> list[bytes]:
     return [tokens[i * SEQ_LEN : (i + 1) * SEQ_LEN + 1].tobytes() for i in range(count)]
 
 
-def rows_of(tensor: torch.Tensor) -> list[bytes]:
-    return [row.tobytes() for row in tensor.numpy()]
+def rows_of(batch: Batch) -> list[bytes]:
+    return [row.tobytes() for row in batch.tokens[: batch.num_rows].numpy()]
 
 
 def step(loaders: list[TokenLoader]) -> list[bytes]:
@@ -89,9 +90,10 @@ def test_batch_is_uint16_of_one_step(config: DataConfig) -> None:
     """Catches batches that are cut by rank instead of by row, or widened on the host."""
     (loader,) = make(config, 6, 1)
     batch = next(loader)
-    assert batch.shape == (6, SEQ_LEN + 1)
-    assert batch.dtype == torch.uint16
-    assert next(iter(loader)).shape == batch.shape
+    assert batch.tokens.shape == (6, SEQ_LEN + 1)
+    assert batch.num_rows == 6
+    assert batch.tokens.dtype == torch.uint16
+    assert next(iter(loader)).tokens.shape == batch.tokens.shape
     loader.close()
 
 
@@ -137,9 +139,9 @@ def test_uint32_shards_are_int32_batches(corpus_file: Path, tmp_path: Path, conf
     prepare(options)
     (wide,) = make(dataclasses.replace(config, dir=str(tmp_path / "wide")), 4, 1)
     (narrow,) = make(config, 4, 1)
-    batch = next(wide)
-    assert batch.dtype == torch.int32
-    assert torch.equal(batch, next(narrow).to(torch.int32))
+    tokens = next(wide).tokens
+    assert tokens.dtype == torch.int32
+    assert torch.equal(tokens, next(narrow).tokens.to(torch.int32))
     close([wide, narrow])
 
 
@@ -154,11 +156,9 @@ def test_validation_sees_each_window_once(
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in per_rank}) == 1
-    seen = [
-        row for step in zip(*per_rank, strict=True) for tokens, real in step for row in rows_of(tokens)[:real]
-    ]
+    seen = [row for step in zip(*per_rank, strict=True) for batch in step for row in rows_of(batch)]
     assert seen == wanted
-    assert all(tokens.shape == (rows, SEQ_LEN + 1) for batches in per_rank for tokens, _ in batches)
+    assert all(batch.tokens.shape == (rows, SEQ_LEN + 1) for batches in per_rank for batch in batches)
 
 
 def test_share_of_the_validation_windows(config: DataConfig, shard_folder: Path) -> None:
@@ -170,7 +170,7 @@ def test_share_of_the_validation_windows(config: DataConfig, shard_folder: Path)
                 validation_batches(config, share=share, rows=4, rank=rank, world_size=world_size)
                 for rank in range(world_size)
             ]
-            assert sum(real for batches in ranks for _, real in batches) == count
+            assert sum(batch.num_rows for batches in ranks for batch in batches) == count
     with pytest.raises(ValueError, match=r"share=0 of the validation windows must lie in \(0, 1\]"):
         validation_batches(config, share=0, rows=4, rank=0, world_size=1)
     with pytest.raises(ValueError, match="rows=0"):
@@ -339,7 +339,7 @@ def test_zero_windows_says_how_many_tokens_there_are(corpus_file: Path, tmp_path
 def test_pinned_batches(config: DataConfig) -> None:
     """Catches a prefetch thread that pins nothing, or that fails without a CUDA context of its own."""
     loader = TokenLoader(config, rows_per_step=4, rank=0, world_size=1, pin_memory=True)
-    batch = next(loader)
-    assert batch.is_pinned()
-    assert torch.equal(batch.cuda(non_blocking=True).cpu(), batch)
+    tokens = next(loader).tokens
+    assert tokens.is_pinned()
+    assert torch.equal(tokens.cuda(non_blocking=True).cpu(), tokens)
     loader.close()

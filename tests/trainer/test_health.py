@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import parallel.titan  # noqa: F401  (takes seconds: imported once, before ranks are forked)
+from data.batch import Batch
 from parallel.world import World
 from tests.ranks import run_ranks
 from tests.trainer.test_run import losses, train_on_ranks
@@ -42,8 +43,8 @@ def poisoned(calls: set[int], value: float, rank: int = 0) -> type[NextToken]:
         def __init__(self) -> None:
             self.calls = 0
 
-        def __call__(self, model: nn.Module, tokens: Tensor, num_rows: int, *, detail: bool) -> LossTerms:
-            terms = super().__call__(model, tokens, num_rows, detail=detail)
+        def __call__(self, model: nn.Module, batch: Batch, *, detail: bool) -> LossTerms:
+            terms = super().__call__(model, batch, detail=detail)
             if not model.training:
                 return terms
             self.calls += 1

@@ -138,8 +138,8 @@ def validation_loss(model: torch.nn.Module, config: RunConfig) -> float:
     from data.loader import validation_batches
 
     total, count = 0.0, 0
-    for tokens, num_rows in validation_batches(config.data, share=1.0, rows=4, rank=0, world_size=1):
-        rows = tokens[:num_rows].long()
+    for batch in validation_batches(config.data, share=1.0, rows=4, rank=0, world_size=1):
+        rows = batch.tokens[: batch.num_rows].long()
         with torch.no_grad():
             logits = model(rows[:, :-1]).logits
         total += torch.nn.functional.cross_entropy(

@@ -48,10 +48,10 @@ def measure(config: RunConfig, path: Path, device: torch.device) -> dict[str, fl
     sae = load_sae(path).to(device)
     totals: ReconstructionSums | None = None
     losses = torch.zeros(3, dtype=torch.float64, device=device)
-    for tokens, num_rows in validation_batches(
+    for batch in validation_batches(
         config.data, share=config.validation.share, rows=config.train.microbatch_size, rank=0, world_size=1
     ):
-        rows = tokens[:num_rows].to(device).long()
+        rows = batch.tokens[: batch.num_rows].to(device).long()
         sums = reconstruction_sums(sae, teacher.residual_after(rows[:, :-1], layer))
         totals = sums if totals is None else totals.plus(sums)
         losses += torch.stack(splice_losses(teacher, sae, rows[:, :-1], rows[:, 1:], layer)).double()
