@@ -10,7 +10,8 @@ class DataConfig:
     """The ``data:`` section: which shards are read and in which order."""
 
     dir: str
-    """Folder written by ``python -m data.prepare`` (manifest.json, tokenizer.json, tar shards)."""
+    """Folder written by ``python -m data.prepare`` (manifest.json, tokenizer.json, tar shards), or the URL
+    of one that is served with byte ranges: https, s3, gs, whatever fsspec knows."""
 
     seq_len: int
     """Tokens per sequence, T. Must divide the manifest's chunk length."""
@@ -27,7 +28,35 @@ class DataConfig:
     skip: tuple[tuple[int, int], ...] = ()
     """Ranges ``[first, last)`` of global rows that are left out, as a run's ``skip`` events name them."""
 
+    cache_dir: str = ""
+    """Folder on the node's own disk that keeps what was read from ``dir``; empty keeps nothing."""
+
+    cache_gb: float = 100.0
+    """Bound of ``cache_dir`` in GB; the longest unused parts are deleted."""
+
+    remote_timeout_s: float = 120.0
+    """Seconds without a successful read of a URL, attempts and pauses included, that end the run."""
+
+    remote_connections: int = 8
+    """Parts of shards that one rank reads from a URL at the same time."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether ``dir`` is a URL."""
+        return "://" in self.dir
+
     def __post_init__(self) -> None:
+        if self.is_remote and any(mark in self.dir for mark in "@?#"):
+            raise ValueError(
+                "dir must be a URL without credentials and query: it is written to logs and checkpoints; "
+                "the protocol's own files or environment variables hold those"
+            )
+        if self.cache_gb <= 0:
+            raise ValueError(f"cache_gb={self.cache_gb} must be above 0")
+        if self.remote_timeout_s <= 0:
+            raise ValueError(f"remote_timeout_s={self.remote_timeout_s} must be above 0")
+        if self.remote_connections < 1:
+            raise ValueError(f"remote_connections={self.remote_connections} must be at least 1")
         if self.seq_len < 1:
             raise ValueError(f"seq_len={self.seq_len} must be at least 1")
         last = 0

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,40 +13,13 @@ import torch
 
 from data.batch import Batch
 from data.config import DataConfig
-from data.manifest import TOKENIZER_NAME, DataError, Manifest, read_manifest
+from data.manifest import DataError
 from data.order import WindowOrder
+from data.source import open_source, windows_per_chunk
 from data.stream import read_windows
 
 STATE_VERSION = 1
 VALIDATION_KEEP_STEPS = 2
-
-
-def open_manifest(config: DataConfig) -> Manifest:
-    """Read the manifest and check whatever is cheap, so that a run fails at its start.
-
-    Raises:
-        DataError: a shard that is missing or of another size, another tokenizer, ``seq_len`` that does not
-            divide the chunks, or a split without a single window.
-    """
-    manifest = read_manifest(config.dir)
-    folder = Path(config.dir)
-    if manifest.chunk_tokens % config.seq_len:
-        raise DataError(
-            f"data.seq_len={config.seq_len} does not divide chunk_tokens={manifest.chunk_tokens} of {folder}"
-        )
-    _check_tokenizer(folder, manifest)
-    for name, split in manifest.splits.items():
-        for shard in split.shards:
-            _check_size(folder / shard.name, shard.bytes)
-        _check_windows(config, manifest, name)
-    return manifest
-
-
-def windows_per_chunk(manifest: Manifest, split: str, seq_len: int) -> list[int]:
-    """Return the number of windows of each chunk of a split; DataError if there is no such split."""
-    if split not in manifest.splits:
-        raise DataError(f"the manifest has no split {split!r}, only {', '.join(sorted(manifest.splits))}")
-    return [chunk.num_windows(seq_len) for _, chunk in manifest.splits[split].chunks]
 
 
 class TokenLoader:
@@ -73,17 +44,19 @@ class TokenLoader:
 
         Raises:
             ValueError: the ranks do not divide the rows.
-            DataError: see :func:`open_manifest`.
+            DataError: see :func:`data.source.open_source`.
         """
         _check_ranks(rank, world_size)
         if rows_per_step < 1 or rows_per_step % world_size:
             raise ValueError(
                 f"train.batch_size={rows_per_step} is not divisible by the {world_size} data-parallel ranks"
             )
-        self._config, self._manifest = config, open_manifest(config)
+        self._config, self._source = config, open_source(config)
         self._rows_per_step, self._rank, self._world_size = rows_per_step, rank, world_size
         self._order = WindowOrder(
-            windows_per_chunk(self._manifest, "train", config.seq_len), seed=config.seed, lanes=config.lanes
+            windows_per_chunk(self._source.manifest, "train", config.seq_len),
+            seed=config.seed,
+            lanes=config.lanes,
         )
         # The current device belongs to a thread: pinning elsewhere would open a context on device 0.
         self._pin_device = torch.cuda.current_device() if pin_memory else None
@@ -141,7 +114,7 @@ class TokenLoader:
     def _identity(self) -> dict[str, Any]:
         return {
             "version": STATE_VERSION,
-            "manifest_sha256": self._manifest.sha256,
+            "manifest_sha256": self._source.manifest.sha256,
             "seed": self._config.seed,
             "lanes": self._config.lanes,
             "seq_len": self._config.seq_len,
@@ -160,8 +133,7 @@ class TokenLoader:
                 row += rows
 
         keep_steps = 1 + -(-order.lanes // rows)  # after so many steps every lane had its turn
-        config = self._config
-        arrays = read_windows(Path(config.dir), self._manifest, "train", config.seq_len, steps(), keep_steps)
+        arrays = read_windows(*self._source, "train", self._config.seq_len, steps(), keep_steps)
         return map(_to_tensor, arrays)
 
 
@@ -182,19 +154,19 @@ def validation_batches(
 
     Raises:
         ValueError: ``share`` or ``rows`` out of bounds.
-        DataError: see :func:`open_manifest`, raised before the first batch.
+        DataError: see :func:`data.source.open_source`, raised before the first batch.
     """
     if not 0.0 < share <= 1.0:
         raise ValueError(f"share={share} of the validation windows must lie in (0, 1]")
     if rows < 1:
         raise ValueError(f"rows={rows} per validation batch must be at least 1")
     _check_ranks(rank, world_size)
-    manifest = open_manifest(config)
-    counts = windows_per_chunk(manifest, "val", config.seq_len)
+    source = open_source(config)
+    counts = windows_per_chunk(source.manifest, "val", config.seq_len)
     windows = _first_windows(counts, max(1, round(share * sum(counts))))
     starts = range(rank * rows, len(windows) + rank * rows, rows * world_size)
     steps = (windows[np.minimum(start + np.arange(rows), len(windows) - 1)] for start in starts)
-    arrays = read_windows(Path(config.dir), manifest, "val", config.seq_len, steps, VALIDATION_KEEP_STEPS)
+    arrays = read_windows(*source, "val", config.seq_len, steps, VALIDATION_KEEP_STEPS)
     real = (min(max(len(windows) - start, 0), rows) for start in starts)
     return map(Batch, map(_to_tensor, arrays), real)
 
@@ -272,31 +244,3 @@ def _first_windows(counts: list[int], limit: int) -> np.ndarray:
 def _check_ranks(rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank} must lie in 0 .. world_size - 1 = {world_size - 1}")
-
-
-def _check_windows(config: DataConfig, manifest: Manifest, split: str) -> None:
-    if not sum(windows_per_chunk(manifest, split, config.seq_len)):
-        longest = max((chunk.tokens - 1 for _, chunk in manifest.splits[split].chunks), default=0)
-        raise DataError(
-            f"{config.dir}: split {split!r} has 0 windows of data.seq_len={config.seq_len}: "
-            f"its longest chunk has room for {longest} tokens"
-        )
-
-
-def _check_size(path: Path, size: int) -> None:
-    if not path.is_file():
-        raise DataError(f"{path}: shard is missing")
-    if path.stat().st_size != size:
-        raise DataError(f"{path}: shard has {path.stat().st_size} bytes, the manifest says {size}")
-
-
-def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
-    path = folder / TOKENIZER_NAME
-    if not path.is_file():
-        raise DataError(f"{path}: missing")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != manifest.tokenizer.sha256:
-        raise DataError(
-            f"{path}: SHA-256 {found[:12]}... is not the manifest's {manifest.tokenizer.sha256[:12]}...: "
-            "the tokens were made by another tokenizer"
-        )

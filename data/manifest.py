@@ -112,11 +112,19 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise DataError(f"{folder}: no such folder; python -m data.prepare writes one")
     if not path.is_file():
         raise DataError(f"{folder}: no {MANIFEST_NAME}, so the folder is unfinished or not a shard folder")
-    raw = path.read_bytes()
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(raw: bytes, place: str) -> Manifest:
+    """Check the contents of a manifest.json that was read at ``place``.
+
+    Raises:
+        DataError: they break the schema.
+    """
     try:
         return _parse(json.loads(raw), hashlib.sha256(raw).hexdigest())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a valid manifest: {type(error).__name__}: {error}") from error
+        raise DataError(f"{place}: not a valid manifest: {type(error).__name__}: {error}") from error
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:

@@ -1,7 +1,7 @@
 """Reading windows of tokens from the tar shards, with webdataset over byte ranges.
 
 A chunk is one tar member, and the bytes of a member with its header are themselves a tar file. So the offsets
-in the manifest turn any chunk into a file that webdataset opens by URL, without reading the shard up to it.
+in the manifest turn any chunk into a stream for webdataset, without reading the shard up to it.
 webdataset passes over many kinds of damage in silence; therefore every chunk is checked against the manifest.
 """
 
@@ -11,15 +11,15 @@ import io
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
-import webdataset as wds
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data.manifest import BYTES_PER_TOKEN, Chunk, DataError, Manifest, Shard
+from data.storage import Storage
 
-SCHEME = "tarmember"
 PAYLOAD_KEY = "tokens"
 
 Step = np.ndarray
@@ -27,12 +27,12 @@ Step = np.ndarray
 
 
 def read_windows(
-    folder: Path, manifest: Manifest, split: str, seq_len: int, steps: Iterable[Step], keep_steps: int
+    storage: Storage, manifest: Manifest, split: str, seq_len: int, steps: Iterable[Step], keep_steps: int
 ) -> Iterator[np.ndarray]:
     """Yield the tokens of each step.
 
     Args:
-        folder: the shard folder.
+        storage: where the shards lie.
         steps: which windows, in order; read only as far as needed.
         keep_steps: a decoded chunk stays in memory until it was unused for so many steps.
 
@@ -44,48 +44,36 @@ def read_windows(
     """
     chunks = manifest.splits[split].chunks
     cache: dict[int, np.ndarray] = {}
-    for step, missing, unused in _plan(steps, keep_steps):
-        for number in missing:
-            cache[number] = read_chunk(folder, manifest.dtype, *chunks[number])
-        yield np.stack([_window(cache[chunk], window, seq_len) for _, chunk, window in step.tolist()])
-        for number in unused:
-            del cache[number]
+
+    def read(number: int) -> np.ndarray:
+        return read_chunk(storage, manifest.dtype, *chunks[number])
+
+    # Threads start when they are needed: a local folder needs none.
+    with ThreadPoolExecutor(storage.connections, "shards") as threads:
+        read_all = map if storage.connections == 1 else threads.map
+        for step, missing, unused in _plan(steps, keep_steps):
+            cache.update(zip(missing, read_all(read, missing), strict=True))
+            yield np.stack([_window(cache[chunk], window, seq_len) for _, chunk, window in step.tolist()])
+            for number in unused:
+                del cache[number]
 
 
-def read_chunk(folder: Path, dtype: str, shard: Shard, chunk: Chunk) -> np.ndarray:
+def read_chunk(storage: Storage, dtype: str, shard: Shard, chunk: Chunk) -> np.ndarray:
     """Return the tokens of one chunk, (tokens,) uint16 or uint32.
 
     Raises:
         DataError: see :func:`read_windows`.
     """
-    place = f"{folder / shard.name} at offset {chunk.offset}"
-    url = f"{SCHEME}:{chunk.offset}:{chunk.member_bytes(dtype)}:{folder / shard.name}"
-    wds.gopen_schemes.setdefault(SCHEME, open_member)
-    # One pipeline per chunk: over several, webdataset would pass over an empty member and read on.
-    pipeline = wds.DataPipeline(
-        lambda: iter([{"url": url}]), wds.tarfile_to_samples(handler=wds.reraise_exception)
-    )
+    place = f"{storage.place}/{shard.name} at offset {chunk.offset}"
+    member = io.BytesIO(storage.read_range(shard.name, chunk.offset, chunk.member_bytes(dtype)))
+    # One stream per chunk: over several, webdataset would pass over an empty member and read on.
     try:
-        samples = list(pipeline)
+        samples = list(group_by_keys(tar_file_expander([{"url": place, "stream": member}])))
     except tarfile.TarError as error:
         raise DataError(f"{place}: damaged tar header") from error
     if len(samples) != 1:
         raise DataError(f"{place}: no tar member there")
     return _decode(samples[0], dtype, chunk, place)
-
-
-def open_member(url: str, mode: str = "rb", bufsize: int = -1, **_options: Any) -> BinaryIO:
-    """Open ``tarmember:OFFSET:BYTES:PATH`` for webdataset: a byte range of a shard as a file of its own."""
-    _, offset, size, path = url.split(":", 3)
-    try:
-        with open(path, "rb") as file:
-            file.seek(int(offset))
-            data = file.read(int(size))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: shard is missing") from error
-    if len(data) != int(size):
-        raise DataError(f"{path}: shard is cut short: {len(data)} of {size} bytes at offset {offset}")
-    return io.BytesIO(data)
 
 
 def _plan(steps: Iterable[Step], keep_steps: int) -> Iterator[tuple[Step, list[int], list[int]]]:

@@ -33,7 +33,7 @@ import torch
 from data.cli import EXIT_INTERRUPTED, run_cli
 from data.manifest import MANIFEST_NAME
 from data.progress import format_duration
-from data.tokenizer import load_tokenizer
+from data.source import open_tokenizer
 from launch.processes import adopt_orphans, kill_descendants, signal_at_parent_death
 from trainer.analysis.curves import read_curve
 from trainer.analysis.generate import continue_tokens
@@ -356,7 +356,7 @@ def _samples(stage: Stage) -> str:
     log = stage.config.log
     if not log.sample_prompts:
         return ""
-    tokenizer = load_tokenizer(stage.config.data.dir)
+    tokenizer = open_tokenizer(stage.config.data)
     continued = continue_tokens(
         load_model(stage.product.parent),
         [tokenizer.encode(prompt) for prompt in log.sample_prompts],

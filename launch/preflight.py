@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.cli import describe, run_cli
-from data.loader import open_manifest
 from data.manifest import DataError
+from data.source import open_source
 from launch.gpus import Gpu, query_gpus
 from launch.processes import adopt_orphans
 from launch.records import RunFiles, read_json
@@ -92,7 +92,7 @@ def check_batch(config: RunConfig, place: Place) -> str:
 
 def check_data(config: RunConfig) -> str:
     """Manifest, shard sizes, sequence length and vocabulary."""
-    manifest = open_manifest(config.data)
+    manifest = open_source(config.data).manifest
     vocab_size = manifest.tokenizer.vocab_size
     if config.model is not None and vocab_size > config.model.vocab_size:
         raise ValueError(

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from data.loader import TokenLoader, open_manifest
+from data.loader import TokenLoader
 from data.manifest import Manifest
+from data.source import open_source
 from parallel.apply import apply_parallel, materialize, tensor_group
 from parallel.engine import Engine, FsdpEngine
 from parallel.mesh import Mesh, build_mesh
@@ -52,7 +53,7 @@ def build_parts(config: RunConfig, world: World) -> Parts:
     """
     mesh = build_mesh(config.parallel, world)
     _check_batch(config, mesh)
-    manifest = open_manifest(config.data)
+    manifest = open_source(config.data).manifest
     _check_vocabulary(config, manifest)
     _check_tensor_parallel(config)
     model, objective, flops = _build_objective(config, world.device, mesh, manifest)

@@ -12,7 +12,8 @@ from typing import Literal
 from torch import Tensor
 
 from data.loader import validation_batches
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.source import open_tokenizer
+from data.tokenizer import Tokenizer
 from parallel.collectives import Agreement, max_over_ranks, sum_over_ranks
 from trainer.analysis.generate import continue_tokens
 from trainer.build import Parts
@@ -234,7 +235,7 @@ class Loop:
         """Continue the configured prompts and show them."""
         config, parts = self.config, self.parts
         assert config.model is not None
-        tokenizer = load_tokenizer(config.data.dir)
+        tokenizer = open_tokenizer(config.data)
         prompts = config.log.sample_prompts
         with self.log.paused(), self.heartbeat.phase("samples"):
             continued = continue_tokens(

@@ -15,9 +15,11 @@ import torch
 
 from data.batch import Batch
 from data.config import DataConfig
-from data.loader import TokenLoader, open_manifest, validation_batches, windows_per_chunk
+from data.loader import TokenLoader, validation_batches
 from data.manifest import Chunk, DataError, Manifest, Shard, read_manifest
 from data.prepare import PrepareOptions, prepare
+from data.source import open_source, windows_per_chunk
+from data.storage import LocalStorage, Storage
 from data.stream import read_chunk, read_windows
 from tests.data.conftest import make_texts, read_tokens, write_jsonl
 
@@ -187,18 +189,21 @@ def test_ranks_must_divide_the_batch(config: DataConfig) -> None:
         TokenLoader(config, rows_per_step=9, rank=3, world_size=3)
 
 
+def _prefetch_threads() -> int:
+    return sum(thread.name == "token-prefetch" for thread in threading.enumerate())
+
+
 def test_no_thread_is_left(config: DataConfig) -> None:
     """Catches prefetch threads that outlive close() or their loader."""
-    before = threading.active_count()
     loaders = make(config, 4, 2)
     step(loaders)
-    assert threading.active_count() == before + 2
+    assert _prefetch_threads() == 2
     loaders[0].close()
     loaders[0].close()
-    assert threading.active_count() == before + 1
+    assert _prefetch_threads() == 1
     del loaders
     gc.collect()
-    assert threading.active_count() == before
+    assert _prefetch_threads() == 0
 
 
 def test_chunks_are_read_once_and_few_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,9 +216,9 @@ def test_chunks_are_read_once_and_few_are_kept(tmp_path: Path, monkeypatch: pyte
     manifest = prepare(options)
     read: list[Chunk] = []
 
-    def counting(folder: Path, dtype: str, shard: Shard, chunk: Chunk) -> np.ndarray:
+    def counting(storage: Storage, dtype: str, shard: Shard, chunk: Chunk) -> np.ndarray:
         read.append(chunk)
-        return read_chunk(folder, dtype, shard, chunk)
+        return read_chunk(storage, dtype, shard, chunk)
 
     monkeypatch.setattr("data.stream.read_chunk", counting)
     config = DataConfig(dir=str(tmp_path / "out"), seq_len=SEQ_LEN, lanes=6, prefetch_steps=0)
@@ -265,7 +270,7 @@ def test_every_flipped_bit_of_a_shard_is_found_or_harmless(
     shutil.copytree(shard_folder, folder)
     path = folder / "train-000000.tar"
     raw = path.read_bytes()
-    (good,) = read_windows(shard_folder, manifest, "train", SEQ_LEN, [order], 1)
+    (good,) = read_windows(LocalStorage(shard_folder), manifest, "train", SEQ_LEN, [order], 1)
     found = 0
     positions = [*range(0, 512, 3), *range(512, 1536, 37)]
     for number, position in enumerate(positions):
@@ -273,7 +278,7 @@ def test_every_flipped_bit_of_a_shard_is_found_or_harmless(
         bad[position] ^= 1 << number % 8
         path.write_bytes(bad)
         try:
-            (tokens,) = read_windows(folder, manifest, "train", SEQ_LEN, [order], 1)
+            (tokens,) = read_windows(LocalStorage(folder), manifest, "train", SEQ_LEN, [order], 1)
             assert np.array_equal(tokens, good)
         except DataError:
             found += 1
@@ -305,7 +310,7 @@ def test_open_manifest_errors(config: DataConfig, shard_folder: Path, tmp_path: 
 
     def check(message: str, **changes: object) -> None:
         with pytest.raises(DataError, match=message):
-            open_manifest(dataclasses.replace(config, **changes))  # type: ignore[arg-type]
+            open_source(dataclasses.replace(config, **changes))  # type: ignore[arg-type]
 
     check(r"data\.seq_len=33 does not divide chunk_tokens=256", seq_len=33)
     check(r"seq_len=512 does not divide", seq_len=512)
@@ -332,7 +337,7 @@ def test_zero_windows_says_how_many_tokens_there_are(corpus_file: Path, tmp_path
     tokens = prepare(options).splits["val"].tokens
     message = f"'val' has 0 windows of data.seq_len=8192: its longest chunk has room for {tokens - 1} tokens"
     with pytest.raises(DataError, match=message):
-        open_manifest(DataConfig(dir=str(tmp_path / "out"), seq_len=8192))
+        open_source(DataConfig(dir=str(tmp_path / "out"), seq_len=8192))
 
 
 @pytest.mark.gpu

@@ -70,7 +70,7 @@ def _existing(path: Path) -> Path:
 
 def _validated(config: RunConfig) -> Validated:
     folder = Path(config.data.dir)
-    data = str(folder.resolve())
+    data = config.data.dir if config.data.is_remote else str(folder.resolve())
     if (folder / MANIFEST_NAME).is_file():
         manifest = read_manifest(folder)
         shards = ",".join(shard.sha256 for shard in manifest.splits["val"].shards)

@@ -19,6 +19,7 @@ from benchmarks.faults.lab import Lab
 from benchmarks.faults.ranks import Launch, train_to_end
 from benchmarks.faults.report import Trials
 from benchmarks.faults.world import first_difference
+from data.storage import LocalStorage
 from parallel.engine import FsdpEngine
 from trainer.checkpoint.dcp_files import SafeLoadPlanner, SafeReader
 from trainer.checkpoint.io import Checkpointer
@@ -247,8 +248,8 @@ def test_a_reader_that_extracts_members_fails(
 ) -> None:
     """Catches a row that does not see files outside the shard folder."""
 
-    def extract(folder: Path, *_: Any) -> None:
-        (folder / ".." / ".." / "escaped.tokens").touch()
+    def extract(storage: LocalStorage, *_: Any) -> None:
+        (Path(storage.place) / ".." / ".." / "escaped.tokens").touch()
         raise ValueError("extracted")
 
     monkeypatch.setattr("data.stream.read_chunk", extract)

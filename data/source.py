@@ -1,0 +1,97 @@
+"""Opening a shard folder for reading, wherever it lies, with all checks that are cheap."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+from data.config import DataConfig
+from data.manifest import MANIFEST_NAME, TOKENIZER_NAME, DataError, Manifest, parse_manifest, read_manifest
+from data.shard_cache import CachedStorage
+from data.storage import LocalStorage, RemoteStorage, Storage
+from data.tokenizer import Tokenizer
+
+GIGABYTE = 10**9
+
+
+class Source(NamedTuple):
+    """One shard folder."""
+
+    storage: Storage
+    manifest: Manifest
+
+
+def open_source(config: DataConfig) -> Source:
+    """Read the manifest and check whatever is cheap, so that a run fails at its start.
+
+    Raises:
+        DataError: a shard that is missing or of another size, another tokenizer, ``seq_len`` that does not
+            divide the chunks, a split without a single window, or a URL that does not answer.
+    """
+    storage, manifest = _open(config)
+    if manifest.chunk_tokens % config.seq_len:
+        raise DataError(
+            f"data.seq_len={config.seq_len} does not divide chunk_tokens={manifest.chunk_tokens} "
+            f"of {config.dir}"
+        )
+    _check_tokenizer(storage, manifest)
+    for name, split in manifest.splits.items():
+        for shard in split.shards:
+            storage.check_size(shard.name, shard.bytes)
+        _check_windows(config, manifest, name)
+    return Source(storage, manifest)
+
+
+def open_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer that made the tokens.
+
+    Raises:
+        DataError: it is missing or not a tokenizer.
+    """
+    storage, _ = _open(config)
+    return Tokenizer(storage.read(TOKENIZER_NAME), f"{storage.place}/{TOKENIZER_NAME}")
+
+
+def windows_per_chunk(manifest: Manifest, split: str, seq_len: int) -> list[int]:
+    """Return the number of windows of each chunk of a split; DataError if there is no such split."""
+    if split not in manifest.splits:
+        raise DataError(f"the manifest has no split {split!r}, only {', '.join(sorted(manifest.splits))}")
+    return [chunk.num_windows(seq_len) for _, chunk in manifest.splits[split].chunks]
+
+
+def _open(config: DataConfig) -> Source:
+    storage: Storage
+    if config.is_remote:
+        storage = RemoteStorage(
+            config.dir, timeout_s=config.remote_timeout_s, connections=config.remote_connections
+        )
+        manifest = parse_manifest(storage.read(MANIFEST_NAME), f"{storage.place}/{MANIFEST_NAME}")
+    else:
+        storage = LocalStorage(config.dir)
+        manifest = read_manifest(config.dir)
+    if config.cache_dir:
+        storage = CachedStorage(
+            storage,
+            config.cache_dir,
+            max_bytes=int(config.cache_gb * GIGABYTE),
+            version=manifest.sha256,
+        )
+    return Source(storage, manifest)
+
+
+def _check_windows(config: DataConfig, manifest: Manifest, split: str) -> None:
+    if not sum(windows_per_chunk(manifest, split, config.seq_len)):
+        longest = max((chunk.tokens - 1 for _, chunk in manifest.splits[split].chunks), default=0)
+        raise DataError(
+            f"{config.dir}: split {split!r} has 0 windows of data.seq_len={config.seq_len}: "
+            f"its longest chunk has room for {longest} tokens"
+        )
+
+
+def _check_tokenizer(storage: Storage, manifest: Manifest) -> None:
+    found = hashlib.sha256(storage.read(TOKENIZER_NAME)).hexdigest()
+    if found != manifest.tokenizer.sha256:
+        raise DataError(
+            f"{storage.place}/{TOKENIZER_NAME}: SHA-256 {found[:12]}... is not the manifest's "
+            f"{manifest.tokenizer.sha256[:12]}...: the tokens were made by another tokenizer"
+        )

@@ -1,0 +1,228 @@
+"""Where shards lie: a folder of this machine, or a URL that serves byte ranges."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote, urlsplit
+
+from data.manifest import DataError
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 10.0
+ATTEMPTS_PER_TIMEOUT = 4
+
+# What trying again cannot change. The rest (refused or dropped connections, time-outs, 5xx) may pass.
+_FINAL_STATUS = range(400, 500)
+_PASSING_STATUS = frozenset((408, 425, 429))
+
+
+class Storage(Protocol):
+    """Files by name, read whole or by range. Threads may share one."""
+
+    @property
+    def place(self) -> str:
+        """The folder or URL, for messages."""
+        ...
+
+    @property
+    def connections(self) -> int:
+        """Ranges that are worth reading at one time."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file.
+
+        Raises:
+            DataError: it is missing, or cannot be had.
+        """
+        ...
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """Return ``size`` bytes of a file from ``offset`` on.
+
+        Raises:
+            DataError: the file is missing or shorter, or cannot be had.
+        """
+        ...
+
+    def check_size(self, name: str, size: int) -> None:
+        """Refuse a shard that is missing or not ``size`` bytes long, where that costs no round trip.
+
+        Raises:
+            DataError: it is not as it should be.
+        """
+        ...
+
+
+class LocalStorage:
+    """A folder of this machine, shared file systems included."""
+
+    connections = 1
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+
+    @property
+    def place(self) -> str:
+        """See :class:`Storage`."""
+        return str(self._folder)
+
+    def read(self, name: str) -> bytes:
+        """See :class:`Storage`."""
+        path = self._folder / name
+        try:
+            return path.read_bytes()
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: missing") from error
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """See :class:`Storage`."""
+        path = self._folder / name
+        try:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: shard is missing") from error
+        try:
+            return _of_size(data, offset, size)
+        except _ShortRead as error:
+            raise DataError(f"{path}: {error}") from error
+
+    def check_size(self, name: str, size: int) -> None:
+        """See :class:`Storage`."""
+        path = self._folder / name
+        if not path.is_file():
+            raise DataError(f"{path}: shard is missing")
+        found = path.stat().st_size
+        if found != size:
+            raise DataError(f"{path}: shard has {found} bytes, the manifest says {size}")
+
+
+class RemoteStorage:
+    """Any URL that fsspec knows: https, s3, gs, ...
+
+    What fails and may pass is tried again with growing pauses, until nothing was read for ``timeout_s``.
+
+    Args:
+        url: the folder's.
+        timeout_s: seconds without a success after which a read gives up.
+        connections: ranges that are read at one time.
+
+    Raises:
+        DataError: no such protocol, or its package is not installed.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float, connections: int) -> None:
+        self._url = url.rstrip("/")
+        self.connections = connections
+        self._timeout_s = timeout_s
+        self._files = _file_system(self._url, timeout_s)
+
+    @property
+    def place(self) -> str:
+        """See :class:`Storage`."""
+        return self._url
+
+    def read(self, name: str) -> bytes:
+        """See :class:`Storage`."""
+        return self._insist(name, lambda path: bytes(self._files.cat_file(path)))
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """See :class:`Storage`."""
+
+        def attempt(path: str) -> bytes:
+            data = bytes(self._files.cat_file(path, start=offset, end=offset + size))
+            if len(data) > size:
+                raise _NoRanges
+            return _of_size(data, offset, size)
+
+        return self._insist(name, attempt)
+
+    def check_size(self, name: str, size: int) -> None:
+        """Nothing: hundreds of ranks would ask for hundreds of shards. A read finds what is wrong."""
+
+    def _insist(self, name: str, attempt: Callable[[str], bytes]) -> bytes:
+        """Try until it works, it cannot work, or time is up."""
+        url, where = _file_url(self._url, name), f"{self.place}/{name}"
+        started = time.monotonic()
+        pause, tries = FIRST_PAUSE_S, 0
+        while True:
+            tries += 1
+            try:
+                return attempt(url)
+            except Exception as error:  # every protocol's package raises its own
+                if _is_final(error):
+                    raise DataError(f"{where}: {_reason(error)}") from error
+                spent = time.monotonic() - started
+                if spent + pause > self._timeout_s:
+                    raise DataError(
+                        f"{where}: gave up after {spent:.0f} s and {tries} attempts "
+                        f"(data.remote_timeout_s={self._timeout_s:g}): {_reason(error)}"
+                    ) from error
+            # Ranks that failed together must not come back together.
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+class _ShortRead(Exception):
+    """Fewer bytes than asked for: a damaged file, or a transfer that broke."""
+
+
+class _NoRanges(Exception):
+    """The server sent the whole file."""
+
+
+def _file_url(folder: str, name: str) -> str:
+    if urlsplit(folder).scheme in ("http", "https"):
+        name = quote(name, safe="")
+    return f"{folder}/{name}"
+
+
+def _file_system(url: str, timeout_s: float) -> Any:
+    # Not at the top: only remote shards need it.
+    import fsspec
+
+    protocol = urlsplit(url).scheme
+    options: dict[str, Any] = {}
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        # A server that answers nothing must leave time for other attempts.
+        share = timeout_s / ATTEMPTS_PER_TIMEOUT
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=share, sock_read=share)
+        options["client_kwargs"] = {"timeout": timeout}
+    try:
+        return fsspec.filesystem(protocol, **options)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"data.dir={url}: {error}") from error
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another attempt cannot end otherwise."""
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        return status in _FINAL_STATUS and status not in _PASSING_STATUS
+    return isinstance(error, FileNotFoundError | PermissionError | _NoRanges)
+
+
+def _reason(error: Exception) -> str:
+    """What happened, in a few words: the packages' own messages repeat the URL."""
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    if isinstance(error, _NoRanges):
+        return "the server does not serve byte ranges"
+    if isinstance(error, _ShortRead):
+        return str(error)
+    status = getattr(error, "status", None)
+    return type(error).__name__ + (f" {status}" if isinstance(status, int) else "")
+
+
+def _of_size(data: bytes, offset: int, size: int) -> bytes:
+    if len(data) != size:
+        raise _ShortRead(f"shard is cut short: {len(data)} of {size} bytes at offset {offset}")
+    return data
