@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from parallel.config import ParallelConfig
@@ -63,6 +68,29 @@ def apply_parallel(
         # is the same and needs no scaling kernel either.
         unit.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def shard_frozen(
+    model: nn.Module, plan: ParallelPlan, ranks: DeviceMesh, methods: Iterable[str], *, backward: bool
+) -> None:
+    """Split a frozen model's weights over ``ranks`` in place; a unit is whole only while it computes.
+
+    Args:
+        model: With its weights, none of which wants a gradient.
+        plan: The model's own plan.
+        ranks: 1-D mesh; each of them calls the model equally often, each with its own rows.
+        methods: What is called beside ``forward`` from outside and reads weights of the root.
+        backward: Each forward is followed by a backward, to an input. Then the root stays whole
+            from the first call until that backward ends, instead of being gathered by every call.
+    """
+    if ranks.size() == 1:
+        return  # FSDP would keep a second copy of what is in work
+    modules = dict(model.named_modules())
+    for name in plan.fsdp_units:
+        fully_shard(modules[name], mesh=ranks, reshard_after_forward=True)
+    fully_shard(model, mesh=ranks, reshard_after_forward=not backward)
+    for name in methods:
+        register_fsdp_forward_method(model, name)
 
 
 def tensor_group(mesh: Mesh) -> TensorGroup:

@@ -20,6 +20,14 @@ class ParallelConfig:
     """Ranks that compute one share of the batch together (tensor and sequence parallel); must divide
     the student's heads and ``data.seq_len``."""
 
+    shard_teacher: bool = False
+    """Split the frozen teacher's weights over the ranks of a replica (``dp_shard`` x ``tp``) and gather
+    them block by block while targets are computed; otherwise every rank holds all of them."""
+
+    shard_sae: bool = False
+    """Split the frozen autoencoder's dictionary over the ``tp`` ranks, which then look for active latents
+    together; otherwise every rank holds all of it."""
+
     engine: Literal["fsdp", "deepspeed"] = "fsdp"
     """Who shards the optimizer: ``fsdp`` is torch's fully_shard (FSDP2), ``deepspeed`` is ZeRO."""
 
@@ -47,6 +55,11 @@ class ParallelConfig:
             )
         if self.tp < 1:
             raise ValueError(f"tp={self.tp} must be at least 1")
+        if self.shard_sae and self.tp == 1:
+            raise ValueError(
+                "shard_sae=true needs tp of at least 2: ranks that read other rows of the batch would have "
+                "to exchange all their residuals to use one dictionary together"
+            )
         if self.timeout_s <= 0:
             raise ValueError(f"timeout_s={self.timeout_s} must be above 0")
         if self.engine == "fsdp":

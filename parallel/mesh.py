@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -71,6 +72,24 @@ def build_mesh(config: ParallelConfig, world: World) -> Mesh:
         tp=tp,
     )
     return mesh
+
+
+def replica_mesh(mesh: Mesh, world: World) -> DeviceMesh:
+    """1-D mesh of the ranks that hold one whole model between them, ``dp_shard x tp``.
+
+    Frozen weights that each of these ranks applies to other rows are split over all of them. The
+    group of ``dp_shard`` or of ``tp`` serves where the other axis is 1; otherwise a new one is
+    made, which is a collective over all ranks.
+    """
+    shards = mesh.fsdp[mesh.fsdp.mesh_dim_names[-1]] if mesh.fsdp.ndim > 1 else mesh.fsdp
+    if mesh.tp is None:
+        return shards
+    if shards.size() == 1:
+        return mesh.tp
+    # The tp axis varies fastest, so a replica's ranks follow each other.
+    size, limit = shards.size() * mesh.tp_size, timedelta(seconds=world.timeout_s)
+    group, _ = dist.new_subgroups(size, timeout=limit)
+    return DeviceMesh.from_group(group, world.device.type)
 
 
 def _dp_shard(config: ParallelConfig, world_size: int) -> int:

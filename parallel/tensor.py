@@ -55,6 +55,14 @@ class TensorGroup:
         """(B, T, D/tp) columns of every rank -> this rank's part of the sequence, (B, T/tp, D)."""
         return x if self.size == 1 else _ColumnsToSequence.apply(x, self)
 
+    def sum_parts(self, x: Tensor) -> Tensor:
+        """Partial x of every rank -> their sum, whole on every rank.
+
+        For what each rank goes on with in the same way: backward hands the gradient of the sum to
+        every part and communicates nothing.
+        """
+        return x if self.size == 1 else _SumParts.apply(x, self)
+
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the ranks, not differentiable."""
         if self.size == 1:
@@ -70,6 +78,24 @@ class TensorGroup:
         out = x.new_empty((self.size, *x.shape))
         _all_gather(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
+
+    def share_rows(self, x: Tensor) -> Tensor:
+        """This rank's share of the rows of x (R, ...), equally many on every rank.
+
+        Where the ranks do not divide R, the last row is repeated.
+        """
+        num_rows = x.shape[0]
+        share = -(-num_rows // self.size)
+        if share * self.size == num_rows:
+            return x[self.rank * share : (self.rank + 1) * share]
+        rows = torch.arange(self.rank * share, (self.rank + 1) * share, device=x.device)
+        return x[rows.clamp_max(num_rows - 1)]
+
+    def gather_rows(self, x: Tensor, num_rows: int) -> Tensor:
+        """Inverse of :meth:`share_rows`, not differentiable; num_rows is R."""
+        if self.size == 1 or num_rows == 0:
+            return x
+        return self.all_gather(x).flatten(0, 1)[:num_rows]
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -123,6 +149,16 @@ class _SumToSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _gather(grads[0], ctx.tp), None
+
+
+class _SumParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorGroup) -> Tensor:
+        return tp.sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 class _ColumnsToSequence(torch.autograd.Function):

@@ -17,7 +17,7 @@ from parallel.engine import Engine, FsdpEngine
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import World
 from parallel.zero import ZeroEngine
-from trainer.concepts.extractor import TargetExtractor, check_vocabulary, load_teacher
+from trainer.concepts.extractor import TargetExtractor, check_vocabulary, load_teacher, shard_teacher
 from trainer.concepts.sae_training import SaeLearner, init_sae_parameter
 from trainer.config import RunConfig
 from trainer.flops import FlopsPerToken, SaeShape, TeacherShape, flops_per_token, sae_flops_per_token
@@ -56,7 +56,7 @@ def build_parts(config: RunConfig, world: World) -> Parts:
     manifest = open_source(config.data).manifest
     _check_vocabulary(config, manifest)
     _check_tensor_parallel(config)
-    model, objective, flops = _build_objective(config, world.device, mesh, manifest)
+    model, objective, flops = _build_objective(config, world, mesh, manifest)
     engine = _build_engine(config, mesh, model, world.device)
     loader = TokenLoader(
         config.data,
@@ -78,11 +78,9 @@ def _check_batch(config: RunConfig, mesh: Mesh) -> None:
 
 def _check_tensor_parallel(config: RunConfig) -> None:
     tp = config.parallel.tp
-    if tp > 1 and config.objective.name == "sae":
-        raise ValueError(f"parallel.tp={tp} must be 1 with objective.name=sae")
     if PADDING % tp:
         raise ValueError(f"parallel.tp={tp} must divide {PADDING}, the padding of vocabulary and dictionary")
-    if config.data.seq_len % tp:
+    if config.objective.name != "sae" and config.data.seq_len % tp:
         raise ValueError(f"parallel.tp={tp} must divide data.seq_len={config.data.seq_len}")
 
 
@@ -96,11 +94,11 @@ def _check_vocabulary(config: RunConfig, manifest: Manifest) -> None:
 
 
 def _build_objective(
-    config: RunConfig, device: torch.device, mesh: Mesh, manifest: Manifest
+    config: RunConfig, world: World, mesh: Mesh, manifest: Manifest
 ) -> tuple[nn.Module, Objective, FlopsPerToken]:
     """Model on the meta device, its objective and the FLOPs per token."""
     if config.objective.name == "sae":
-        return _build_sae(config, device, manifest)
+        return _build_sae(config, world, mesh, manifest)
     assert config.model is not None
     seq_len = config.data.seq_len
     if config.objective.name == "ntp":
@@ -108,7 +106,11 @@ def _build_objective(
             trunk = GPT2(config.model)
         return trunk, NextToken(), flops_per_token(config.model, None, seq_len)
     assert config.concepts is not None
-    extractor = TargetExtractor.load(config.concepts, device, tensor_group(mesh))
+    extractor = TargetExtractor.load(
+        config.concepts, world.device, tensor_group(mesh), shard_sae=config.parallel.shard_sae
+    )
+    if config.parallel.shard_teacher:
+        shard_teacher(extractor.teacher, mesh, world, backward=True)
     sizes = extractor.teacher.config
     check_vocabulary(extractor.teacher, manifest.tokenizer.vocab_size, seq_len, config.concepts.teacher)
     with torch.device("meta"):
@@ -124,17 +126,21 @@ def _build_objective(
 
 
 def _build_sae(
-    config: RunConfig, device: torch.device, manifest: Manifest
+    config: RunConfig, world: World, mesh: Mesh, manifest: Manifest
 ) -> tuple[nn.Module, Objective, FlopsPerToken]:
     assert config.sae is not None
-    teacher = load_teacher(config.sae.teacher, config.sae.layer, key="sae.layer").to(device, torch.float32)
+    teacher = load_teacher(config.sae.teacher, config.sae.layer, key="sae.layer")
+    teacher.to(world.device, torch.float32)
+    if config.parallel.shard_teacher:
+        shard_teacher(teacher, mesh, world, backward=False)
     check_vocabulary(teacher, manifest.tokenizer.vocab_size, config.data.seq_len, config.sae.teacher)
     sizes = teacher.config
     flops = sae_flops_per_token(
         config.sae, TeacherShape(sizes.d_model, sizes.n_layer, sizes.vocab_size), config.data.seq_len
     )
     learner = SaeLearner(sizes.d_model, config.sae, device="meta")
-    return learner, SaeLoss(teacher, config.sae.layer, config.tokens_per_step), flops
+    objective = SaeLoss(teacher, config.sae.layer, config.tokens_per_step, tensor_group(mesh))
+    return learner, objective, flops
 
 
 def _build_engine(config: RunConfig, mesh: Mesh, model: nn.Module, device: torch.device) -> Engine:
@@ -161,7 +167,7 @@ def _initial_values(
 ) -> Callable[[str, torch.Size, torch.dtype], Tensor]:
     """Initial weights by name: the same for every engine and layout."""
     if isinstance(model, SaeLearner):
-        return partial(init_sae_parameter, seed=config.run.seed)
+        return partial(init_sae_parameter, seed=config.run.seed, num_latents=model.sae.num_latents)
     assert config.model is not None
     return partial(
         initial_value,

@@ -292,6 +292,19 @@ class RunConfig:
                 f"parallel.engine={self.parallel.engine} does not fit objective.name=sae, which changes "
                 "gradients and weights around each update: use parallel.engine=fsdp"
             )
+        if self.parallel.shard_teacher and self.objective.name == "ntp":
+            raise ValueError(
+                "parallel.shard_teacher=true does not fit objective.name=ntp: there is no teacher"
+            )
+        if self.parallel.shard_sae and self.objective.name != "cocomix":
+            reason = (
+                "parallel.tp splits its dictionary anyway"
+                if self.objective.name == "sae"
+                else "there is none"
+            )
+            raise ValueError(
+                f"parallel.shard_sae=true does not fit objective.name={self.objective.name}: {reason}"
+            )
         if self.model is not None and self.data.seq_len > self.model.n_positions:
             raise ValueError(
                 f"data.seq_len={self.data.seq_len} must be at most model.n_positions={self.model.n_positions}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from data.batch import Batch
 from parallel.collectives import min_over_ranks
 from parallel.mesh import Mesh
+from parallel.tensor import TensorGroup
 from trainer.concepts.extractor import TargetExtractor
 from trainer.concepts.sae_training import SaeLearner
 from trainer.kernels.reference import IGNORED_LABEL, MASKED_TARGET
@@ -146,6 +147,8 @@ class SaeLoss:
         teacher: frozen GPT-2 on the device of the run.
         layer: block after which the residual is read.
         tokens_per_step: tokens of one optimizer step over all ranks.
+        tp: ranks that hold the same tokens and one dictionary between them; each of them runs the teacher
+            on a share of the rows.
     """
 
     means = (
@@ -155,7 +158,10 @@ class SaeLoss:
         Mean("sae_dead_fraction", "dead", "tokens"),
     )
 
-    def __init__(self, teacher: GPT2, layer: int, tokens_per_step: int) -> None:
+    def __init__(
+        self, teacher: GPT2, layer: int, tokens_per_step: int, tp: TensorGroup | None = None
+    ) -> None:
+        self.tp = tp or TensorGroup()
         self.teacher = teacher
         self.layer = layer
         self.tokens_per_step = tokens_per_step

@@ -116,7 +116,7 @@ def write_world(root: Path, seed: int = 0) -> TinyWorld:
     save_model(world.teacher, _teacher_weights(seed), TEACHER, None)
     learner = SaeLearner(TEACHER.d_model, SAE)
     weights = {
-        name: init_sae_parameter(name, tensor.shape, tensor.dtype, seed=seed)
+        name: init_sae_parameter(name, tensor.shape, tensor.dtype, seed=seed, num_latents=SAE.num_latents)
         for name, tensor in learner.state_dict().items()
     }
     save_sae(world.sae, learner.to_sae(weights))

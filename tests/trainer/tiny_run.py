@@ -41,7 +41,7 @@ def write_tiny_world(root: Path) -> Path:
     save_model(root / "teacher", teacher.state_dict(), sizes, None)
     learner = SaeLearner(12, SaeConfig(teacher="", layer=0, num_latents=NUM_LATENTS, top_k=6))
     state = {
-        name: init_sae_parameter(name, tensor.shape, tensor.dtype, seed=3)
+        name: init_sae_parameter(name, tensor.shape, tensor.dtype, seed=3, num_latents=NUM_LATENTS)
         for name, tensor in learner.state_dict().items()
     }
     save_sae(root / "sae.pt", learner.to_sae({name: torch.as_tensor(value) for name, value in state.items()}))

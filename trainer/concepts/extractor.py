@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from parallel.apply import shard_frozen
+from parallel.mesh import Mesh, replica_mesh
 from parallel.tensor import TensorGroup
+from parallel.world import World
 from trainer.concepts.attribution import attribution, residual_and_gradient, select_targets
 from trainer.concepts.sae import TopKSae
 from trainer.concepts.sae_formats import check_fits, load_sae
@@ -31,6 +34,18 @@ def load_teacher(path: str, layer: int, *, key: str) -> GPT2:
             f"the teacher at {path} has {teacher.config.n_layer} blocks and one must follow the residual"
         )
     return teacher
+
+
+def shard_teacher(teacher: GPT2, mesh: Mesh, world: World, *, backward: bool) -> None:
+    """Split a teacher's weights over the ranks of a replica; a collective over all ranks.
+
+    Args:
+        teacher: frozen, on the device of the run.
+        mesh, world: of the run.
+        backward: whether gradients of its loss are taken, or residuals alone.
+    """
+    entries = ("residual_after", "loss_from_residual")
+    shard_frozen(teacher, teacher.plan, replica_mesh(mesh, world), entries, backward=backward)
 
 
 def check_vocabulary(teacher: GPT2, vocab_size: int, seq_len: int, path: str) -> None:
@@ -68,14 +83,15 @@ class TargetExtractor:
         teacher: frozen GPT-2 on the device of the run.
         sae: its TopK sparse autoencoder, same device.
         config: layer, number of targets, ranking and masking.
-        tp: ranks that hold the same tokens; each of them extracts a share of the rows.
+        tp: ranks that hold the same tokens. Each of them runs the teacher on a share of the rows; the
+            autoencoder follows on these alone, or on all rows where the ranks share its dictionary.
     """
 
     def __init__(
         self, teacher: GPT2, sae: TopKSae, config: ConceptsConfig, tp: TensorGroup | None = None
     ) -> None:
         self.tp = tp or TensorGroup()
-        if self.tp.size > 1 and config.num_concepts - 1 > MAX_PACKED_ID:
+        if self.tp.size > 1 and sae.tp.size == 1 and config.num_concepts - 1 > MAX_PACKED_ID:
             raise ValueError(
                 f"concepts.num_concepts={config.num_concepts} must be at most {MAX_PACKED_ID + 1} "
                 f"with parallel.tp={self.tp.size}: ids travel in two bytes"
@@ -86,9 +102,16 @@ class TargetExtractor:
 
     @classmethod
     def load(
-        cls, config: ConceptsConfig, device: torch.device, tp: TensorGroup | None = None
+        cls,
+        config: ConceptsConfig,
+        device: torch.device,
+        tp: TensorGroup | None = None,
+        *,
+        shard_sae: bool = False,
     ) -> TargetExtractor:
         """Read teacher and SAE from the paths in ``config`` and check that they fit together.
+
+        With ``shard_sae`` each rank of ``tp`` keeps its part of the dictionary only.
 
         Raises:
             ValueError: widths, dictionary size or layer do not fit; the message names the key.
@@ -98,6 +121,8 @@ class TargetExtractor:
         sae = load_sae(config.sae, layer=config.sae_layer)
         check_fits(sae, teacher.config.d_model, config.num_concepts)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        if shard_sae and tp is not None:
+            sae.split(tp)
         # The SAE stays fp32: its K-th and (K+1)-th pre-activations are closer than bf16 can tell.
         sae = sae.to(device=device, dtype=torch.float32)
         return cls(teacher.to(device=device, dtype=dtype), sae, config, tp)
@@ -110,21 +135,26 @@ class TargetExtractor:
             (B, T, A) int64 ids, best first, ``MASKED_TARGET`` where no active latent has a positive
             attribution (unless ``concepts.mask_non_positive`` is off). The same on all ranks of ``tp``.
         """
-        if self.tp.size == 1:
-            return self._extract(input_ids, labels)
         num_rows = input_ids.shape[0]
-        share = -(-num_rows // self.tp.size)
-        rows = torch.arange(self.tp.rank * share, (self.tp.rank + 1) * share, device=input_ids.device)
-        rows = rows.clamp_max(num_rows - 1)  # where the ranks do not divide them, the last one is repeated
-        mine = self._extract(input_ids[rows], labels[rows])
-        return unpack_ids(self.tp.all_gather(pack_ids(mine))).flatten(0, 1)[:num_rows]
+        mine = (self.tp.share_rows(input_ids), self.tp.share_rows(labels))
+        residual = residual_and_gradient(self.teacher, *mine, self.config.sae_layer)
+        if self.sae.tp.size > 1:
+            both = torch.stack((residual.x, residual.grad), dim=1)
+            x, grad = self.tp.gather_rows(both, num_rows).unbind(1)
+            return self._select(x, grad)
+        targets = self._select(residual.x, residual.grad)
+        if self.tp.size == 1:
+            return targets
+        return unpack_ids(self.tp.gather_rows(pack_ids(targets), num_rows))
 
-    def _extract(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        residual = residual_and_gradient(self.teacher, input_ids, labels, self.config.sae_layer)
-        values, ids = self.sae.encode(residual.x.float())
-        scores = attribution(residual.grad.float(), values, ids, self.sae.decoder)
+    def _select(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Targets of residuals and their gradients (B, T, D_t)."""
+        values, ids = self.sae.encode(x.float())
+        # Each rank scores the latents that it holds; the others' scores are 0 there.
+        index, here = self.sae.columns.find(ids)
+        scores = attribution(grad.float(), values.masked_fill(~here, 0.0), index, self.sae.decoder)
         return select_targets(
-            scores,
+            self.sae.tp.sum(scores),
             ids,
             self.config.num_targets,
             ranking=self.config.attribution,

@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.tensor import TensorGroup, local
+from trainer.kernels.topk import join, merge_top_k, pick
+from trainer.kernels.vocabulary import LocalColumns
+
 STANDARDIZE_EPS = 1e-5
 """Added to the standard deviation, outside the root, as the published dictionaries were trained."""
 
@@ -24,14 +28,19 @@ class TopKSae(nn.Module):
 
     **Precision.** Weights may be fp32 or bf16. Standardising, pre-activations, selection and values are
     fp32 whatever the residual's and the weights' dtype: pre-activations rounded to bf16 tie, and ties
-    choose other latents.
+    choose other latents. Where pre-activations are equal, smaller ids come first.
+
+    **Tensor parallelism.** ``tp`` ranks may hold equally many rows of the dictionary each. Every method
+    then takes the same tokens on all of them and returns the same on all of them, as one rank would.
 
     Attributes:
         pre_bias: (D_t) origin of the latents in standardised space.
         latent_bias: (M).
         encoder: linear map without bias, weight (M, D_t).
         decoder: (M, D_t), one row per latent, so that a token touches K contiguous rows.
+        num_latents: M.
         top_k: K.
+        tp: the ranks that hold the other rows; alone by default.
         normalize: whether residuals are standardised per token; otherwise ``x_n`` is the residual.
 
     All weights are zero until a loader or an initialisation fills them.
@@ -43,10 +52,14 @@ class TopKSae(nn.Module):
         num_latents: int,
         top_k: int,
         *,
+        num_rows: int | None = None,
         normalize: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
         """Make an all-zero autoencoder.
+
+        ``num_rows`` are the rows of the weights, M by default; those behind the last latent stay zero and
+        are never active.
 
         Raises:
             ValueError: a size is below 1 (``width`` below 2), or ``top_k`` is above ``num_latents``.
@@ -59,14 +72,17 @@ class TopKSae(nn.Module):
             raise ValueError(f"width={width} must be at least 2, one number has no standard deviation")
         if top_k > num_latents:
             raise ValueError(f"top_k={top_k} must be at most num_latents={num_latents}")
+        num_rows = num_rows or num_latents
+        self.num_latents = num_latents
         self.top_k = top_k
         self.normalize = normalize
+        self.tp = TensorGroup()
         self.pre_bias = nn.Parameter(torch.zeros(width, device=device))
-        self.latent_bias = nn.Parameter(torch.zeros(num_latents, device=device))
+        self.latent_bias = nn.Parameter(torch.zeros(num_rows, device=device))
         # A meta layer, then zeros: nn.Linear's own initialisation would draw from the global generator.
-        self.encoder = nn.Linear(width, num_latents, bias=False, device="meta")
-        self.encoder.weight = nn.Parameter(torch.zeros(num_latents, width, device=device))
-        self.decoder = nn.Parameter(torch.zeros(num_latents, width, device=device))
+        self.encoder = nn.Linear(width, num_rows, bias=False, device="meta")
+        self.encoder.weight = nn.Parameter(torch.zeros(num_rows, width, device=device))
+        self.decoder = nn.Parameter(torch.zeros(num_rows, width, device=device))
 
     @property
     def width(self) -> int:
@@ -74,9 +90,21 @@ class TopKSae(nn.Module):
         return self.decoder.shape[1]
 
     @property
-    def num_latents(self) -> int:
-        """M."""
-        return self.decoder.shape[0]
+    def columns(self) -> LocalColumns:
+        """Which latents this rank holds."""
+        return LocalColumns(self.num_latents, local(self.decoder).shape[0], self.tp)
+
+    def split(self, tp: TensorGroup) -> None:
+        """Keep this rank's rows of a whole dictionary only, M/tp rounded up."""
+        rows = -(-self.num_latents // tp.size)
+        mine = slice(tp.rank * rows, (tp.rank + 1) * rows)
+        for owner, name in ((self, "latent_bias"), (self, "decoder"), (self.encoder, "weight")):
+            held = getattr(owner, name)
+            part = held.new_zeros(rows, *held.shape[1:])
+            found = held.detach()[mine]
+            part[: len(found)] = found
+            setattr(owner, name, nn.Parameter(part, requires_grad=held.requires_grad))
+        self.tp = tp
 
     def extra_repr(self) -> str:
         """Sizes for ``repr``."""
@@ -113,12 +141,14 @@ class TopKSae(nn.Module):
             Values (..., K) fp32 after the ReLU (so some may be 0) and ids (..., K) int64.
         """
         x_n = self.standardize(x)[0].reshape(-1, self.width)
-        weights = (self.encoder.weight, self.latent_bias)
-        rows = torch.split(x_n - self.pre_bias.float(), chunk_rows)
-        selected = [preactivations(chunk, *weights).topk(self.top_k, dim=-1) for chunk in rows]
+        weights = (local(self.encoder.weight), local(self.latent_bias))
+        picks = []
+        for rows in torch.split(x_n - self.pre_bias.float(), chunk_rows):
+            scores = self.columns.mask_padding_(preactivations(rows, *weights))
+            picks.append(pick(scores, self.top_k, self.columns))
+        (best,) = merge_top_k([join(picks)], [self.top_k], self.tp)
         shape = (*x.shape[:-1], self.top_k)
-        values = torch.cat([chunk.values for chunk in selected]).relu_()
-        return values.view(shape), torch.cat([chunk.indices for chunk in selected]).view(shape)
+        return best.values.relu().view(shape), best.ids.view(shape)
 
     def decode(self, values: Tensor, ids: Tensor) -> Tensor:
         """Standardised residual of sparse latents: ``sum_k values_k * decoder[ids_k] + pre_bias``.
@@ -130,8 +160,18 @@ class TopKSae(nn.Module):
         Returns:
             (..., D_t) fp32. Differentiable in ``values`` and in the weights.
         """
-        combined = sum_of_rows(values.flatten(0, -2), ids.flatten(0, -2), self.decoder)
-        return combined.view(*ids.shape[:-1], self.width) + self.pre_bias.float()
+        flat = (values.flatten(0, -2), ids.flatten(0, -2))
+        # Each rank adds its share of the origin to its partial sum, and gets that share of its gradient.
+        origin = local(self.pre_bias).float() / self.tp.size
+        return self.tp.sum_parts(self.combine(*flat) + origin).view(*ids.shape[:-1], self.width)
+
+    def combine(self, values: Tensor, ids: Tensor) -> Tensor:
+        """``sum_k values_k * decoder[ids_k]`` (N, D_t) fp32 over the latents that this rank holds.
+
+        values: (N, K), ids: (N, K) int64; differentiable as :meth:`decode` is.
+        """
+        index, here = self.columns.find(ids)
+        return sum_of_rows(values.masked_fill(~here, 0.0), index, local(self.decoder))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, chunk_rows: int = 1024) -> Tensor:

@@ -14,16 +14,24 @@ Shapes: N tokens, D_t teacher width, M latents, K active latents per token, K_au
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from parallel.plan import ParallelPlan
+from parallel.tensor import local
 from trainer.concepts.sae import TopKSae, preactivations, sum_of_rows
 from trainer.config import SaeConfig
+from trainer.kernels.topk import TopK, join, merge_top_k, pick
+from trainer.kernels.vocabulary import LocalColumns
+from trainer.model.padding import padded
+
+TENSOR_DIMS = MappingProxyType({"encoder.weight": 0, "latent_bias": 0, "decoder": 0})
+"""The dictionary is split by rows; see :attr:`trainer.model.gpt2.TENSOR_DIMS`."""
 
 
 class SaeTerms(NamedTuple):
@@ -53,8 +61,11 @@ class SaeLearner(nn.Module):
     Which latents are dead changes in :meth:`sync_buffers` only. So the loss of a step depends neither on the
     number of ranks nor on the number of microbatches.
 
+    Under tensor parallelism each rank holds a part of the rows of encoder and decoder. A latent's encoder
+    and decoder row lie on the same rank, so that backward exchanges nothing but the gradient of ``pre_bias``.
+
     Attributes:
-        sae: the parameters.
+        sae: the parameters; its rows are padded, see :data:`trainer.model.padding.PADDING`.
         tokens_since_active: (M) int64, persistent; tokens of all ranks since each latent was last above 0,
             counted in whole optimizer steps; equal on all ranks.
         activations: (M) int64, not persistent; tokens of this rank that used each latent since the last
@@ -81,7 +92,8 @@ class SaeLearner(nn.Module):
             device: where the weights are made.
         """
         super().__init__()
-        self.sae = TopKSae(width, config.num_latents, config.top_k, device=device)
+        rows = padded(config.num_latents)
+        self.sae = TopKSae(width, config.num_latents, config.top_k, num_rows=rows, device=device)
         self.aux_top_k = min(config.aux_top_k, config.num_latents)
         self.aux_weight = config.aux_weight
         self.dead_after_tokens = config.dead_after_tokens
@@ -93,21 +105,25 @@ class SaeLearner(nn.Module):
     @property
     def plan(self) -> ParallelPlan:
         """One FSDP unit, the root: every weight is used in every forward."""
-        return ParallelPlan(fsdp_units=())
+        return ParallelPlan(fsdp_units=(), tensor_dims=TENSOR_DIMS)
 
     def forward(self, residual: Tensor) -> SaeTerms:
-        """Losses of residuals (..., D_t) of any floating dtype; training mode also counts active latents."""
+        """Losses of residuals (..., D_t) of any floating dtype; training mode also counts active latents.
+
+        Tensor-parallel ranks take the same residuals and return the same losses.
+        """
         x = self.sae.standardize(residual.detach().reshape(-1, residual.shape[-1]))[0]
         dead = self.dead_latents()
         num_aux = self._num_aux(dead)
         selected, ids = _SelectLatents.apply(
-            x - self.sae.pre_bias.float(),
-            self.sae.encoder.weight,
-            self.sae.latent_bias,
+            x - local(self.sae.pre_bias).float(),
+            local(self.sae.encoder.weight),
+            local(self.sae.latent_bias),
             dead,
             self.sae.top_k,
             num_aux,
             self.chunk_rows,
+            self.sae.columns,
         )
         counts = [self.sae.top_k, num_aux]
         values, aux_values = selected.relu().split(counts, dim=-1)
@@ -174,7 +190,10 @@ class SaeLearner(nn.Module):
         own = self.sae
         trained = TopKSae(own.width, own.num_latents, own.top_k, normalize=own.normalize)
         full = self.state_dict() if state is None else state
-        weights = {name.removeprefix("sae."): full[name] for name in full if name.startswith("sae.")}
+        weights = {
+            name: full[f"sae.{name}"][: len(tensor)] if name != "pre_bias" else full["sae.pre_bias"]
+            for name, tensor in trained.state_dict().items()
+        }
         trained.load_state_dict(weights)
         return trained.requires_grad_(False)
 
@@ -190,7 +209,7 @@ class SaeLearner(nn.Module):
         """Sum over tokens of ``|e - e'|^2 / |x|^2``; tokens where it is not finite count 0 (section A.2)."""
         if values.shape[-1] == 0:
             return power.new_zeros(())
-        left = sum_of_rows(values, ids, self.sae.decoder) - error
+        left = self.sae.tp.sum_parts(self.sae.combine(values, ids)) - error
         finite = left.square().sum(-1, keepdim=True).isfinite()
         # Masked before squaring: a mask on the result alone would still send NaN backwards (0 * inf).
         return (torch.where(finite, left, 0.0).square().sum(-1) / power).sum()
@@ -217,25 +236,33 @@ class _SelectLatents(torch.autograd.Function):
         top_k: int,
         aux_top_k: int,
         chunk_rows: int,
+        columns: LocalColumns,
     ) -> tuple[Tensor, Tensor]:
         """Values (N, K + K_aux) fp32 before the ReLU, -inf where too few latents are dead; their ids."""
-        values, ids = [], []
+        active: list[TopK] = []
+        auxiliary: list[TopK] = []
+        alive = ~columns.part_of(dead)
         for rows in torch.split(centered, chunk_rows):
-            scores = preactivations(rows, weight, bias)
-            picked = [scores.topk(top_k, dim=-1)]
+            scores = columns.mask_padding_(preactivations(rows, weight, bias))
+            active.append(pick(scores, top_k, columns))
             if aux_top_k:
-                picked.append(scores.masked_fill_(~dead, -torch.inf).topk(aux_top_k, dim=-1))
-            values.append(torch.cat([pick.values for pick in picked], dim=-1))
-            ids.append(torch.cat([pick.indices for pick in picked], dim=-1))
-        all_values, all_ids = torch.cat(values), torch.cat(ids)
+                auxiliary.append(pick(scores.masked_fill_(alive, -torch.inf), aux_top_k, columns))
+        picks = [join(chunks) for chunks in (active, auxiliary) if chunks]
+        best = merge_top_k(picks, [top_k, aux_top_k][: len(picks)], columns.tp)
+        all_values, all_ids = (torch.cat(parts, dim=-1) for parts in zip(*best, strict=True))
         ctx.save_for_backward(centered, weight, bias, all_ids)
+        ctx.columns = columns
         ctx.mark_non_differentiable(all_ids)
         return all_values, all_ids
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """With g the gradient of the values: ``sum_k g W[id]``, and its transpose for the weights."""
-        centered, weight, bias, ids = ctx.saved_tensors
+        """With g the gradient of the values: ``sum_k g W[id]``, and its transpose for the weights.
+
+        Values of other ranks' latents were not used here, so theirs is 0.
+        """
+        centered, weight, bias, all_ids = ctx.saved_tensors
+        ids, _ = ctx.columns.find(all_ids)
         grad_centered, grad_weight = _bag_and_row_gradient(grads[0], ids, weight, centered)
         ones = centered.new_ones(centered.shape[0], 1)
         _, grad_bias = _bag_and_row_gradient(grads[0], ids, bias[:, None], ones)
@@ -243,6 +270,7 @@ class _SelectLatents(torch.autograd.Function):
             grad_centered,
             grad_weight.to(weight.dtype),
             grad_bias[:, 0].to(bias.dtype),
+            None,
             None,
             None,
             None,
@@ -268,25 +296,32 @@ def _whole_rows(tensor: Tensor) -> Tensor:
     """This rank's rows (possibly none), each of them complete."""
     if not isinstance(tensor, DTensor):
         return tensor
-    sharded_dims = [placement.dim for placement in tensor.placements if isinstance(placement, Shard)]
-    assert all(dim == 0 for dim in sharded_dims), (
-        f"decoder is sharded along {sharded_dims}, rows must stay whole"
-    )
+    # Rows that FSDP shards after tensor parallelism have placements of a class of their own.
+    dims = [getattr(placement, "dim", 0) for placement in tensor.placements]
+    assert not any(dims), f"decoder is sharded along {dims}, rows must stay whole"
     return tensor.to_local()
 
 
 def init_sae_parameter(
-    name: str, shape: torch.Size, dtype: torch.dtype, *, seed: int, data_mean: Tensor | None = None
+    name: str,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    *,
+    seed: int,
+    num_latents: int,
+    data_mean: Tensor | None = None,
 ) -> Tensor:
     """Initial value of a :class:`SaeLearner` tensor; depends on name and seed, not on the order of the calls.
 
-    Decoder rows are random unit vectors, the encoder starts as a copy of them (section A.1), all else is 0.
+    Decoder rows are random unit vectors, the encoder starts as a copy of them (section A.1), all else is 0,
+    rows of padding too.
 
     Args:
         name: parameter or persistent buffer, ``sae.decoder`` for instance.
         shape: its full shape.
         dtype: its dtype.
         seed: seed of the weights.
+        num_latents: rows that are no padding.
         data_mean: (D_t) mean of standardised residuals to start ``pre_bias`` from, instead of 0.
 
     Returns:
@@ -298,7 +333,8 @@ def init_sae_parameter(
     match name.removeprefix("sae."):
         case "decoder" | "encoder.weight":
             generator = torch.Generator().manual_seed(seed)
-            return F.normalize(torch.randn(shape, generator=generator), dim=-1).to(dtype)
+            rows = F.normalize(torch.randn(num_latents, *shape[1:], generator=generator), dim=-1)
+            return F.pad(rows, (0, 0, 0, shape[0] - num_latents)).to(dtype)
         case "pre_bias" if data_mean is not None:
             return data_mean.to("cpu", dtype).expand(shape).clone()
         case "pre_bias" | "latent_bias" | "tokens_since_active" | "activations":

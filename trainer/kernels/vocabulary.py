@@ -31,6 +31,11 @@ class LocalColumns:
             logits[:, self.num_valid :] = -torch.inf
         return logits
 
+    def part_of(self, whole: Tensor) -> Tensor:
+        """This rank's part (num_local) of a vector over all real columns; 0 for padding."""
+        part = whole[self.start : self.start + self.num_local]
+        return torch.nn.functional.pad(part, (0, self.num_local - part.shape[0]))
+
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Local column of each global id, and whether it is on this rank; elsewhere the column is 0."""
         index = ids - self.start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from trainer.config import SaeConfig
 
 WIDTH = 16
 CONFIG = SaeConfig(
-    teacher="none", layer=0, num_latents=48, top_k=4, aux_top_k=6, aux_weight=0.5, dead_after_tokens=100
+    teacher="none", layer=0, num_latents=64, top_k=4, aux_top_k=6, aux_weight=0.5, dead_after_tokens=100
 )
 
 
@@ -40,10 +41,11 @@ def learner_of(
 ) -> SaeLearner:
     """A learner with initial weights; ``noise`` untangles encoder, decoder and biases."""
     learner = SaeLearner(width, config)
+    first = partial(init_sae_parameter, num_latents=config.num_latents)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, tensor in learner.state_dict().items():
-            tensor.copy_(init_sae_parameter(name, tensor.shape, tensor.dtype, seed=seed))
+            tensor.copy_(first(name, tensor.shape, tensor.dtype, seed=seed))
         for parameter in learner.parameters():
             parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
     return learner
@@ -193,17 +195,16 @@ def test_rows_stay_unit_norm_and_gradients_tangential() -> None:
 def test_initial_weights_are_tied_and_reproducible() -> None:
     """Catches an encoder that does not start as the decoder, or values that depend on the order of calls."""
     shape = torch.Size((CONFIG.num_latents, WIDTH))
-    encoder = init_sae_parameter("sae.encoder.weight", shape, torch.float32, seed=5)
+    first = partial(init_sae_parameter, num_latents=CONFIG.num_latents)
+    encoder = first("sae.encoder.weight", shape, torch.float32, seed=5)
     torch.manual_seed(0)
-    assert torch.equal(encoder, init_sae_parameter("sae.decoder", shape, torch.float32, seed=5))
-    assert not torch.equal(encoder, init_sae_parameter("sae.decoder", shape, torch.float32, seed=6))
+    assert torch.equal(encoder, first("sae.decoder", shape, torch.float32, seed=5))
+    assert not torch.equal(encoder, first("sae.decoder", shape, torch.float32, seed=6))
     torch.testing.assert_close(encoder.norm(dim=-1), torch.ones(CONFIG.num_latents))
     mean = torch.arange(3.0)
-    assert torch.equal(
-        init_sae_parameter("sae.pre_bias", mean.shape, mean.dtype, seed=5, data_mean=mean), mean
-    )
+    assert torch.equal(first("sae.pre_bias", mean.shape, mean.dtype, seed=5, data_mean=mean), mean)
     with pytest.raises(ValueError, match=r"sae\.gate is no tensor"):
-        init_sae_parameter("sae.gate", shape, torch.float32, seed=5)
+        first("sae.gate", shape, torch.float32, seed=5)
 
 
 class Dictionary:
@@ -240,7 +241,7 @@ def test_training_recovers_a_sparse_dictionary() -> None:
     """Catches training that lowers the loss without finding the directions the data are made of."""
     data = Dictionary(width=32, num_atoms=48, num_active=3)
     config = replace(
-        CONFIG, num_latents=96, top_k=3, aux_top_k=16, aux_weight=1 / 32, dead_after_tokens=10_000
+        CONFIG, num_latents=128, top_k=3, aux_top_k=16, aux_weight=1 / 32, dead_after_tokens=10_000
     )
     learner = learner_of(config, width=32)
     train(learner, data, steps=400)
@@ -320,7 +321,8 @@ def _train_on_ranks(
     mesh = build_mesh(ParallelConfig(), world)
     learner = SaeLearner(WIDTH, config, device="meta")
     apply_parallel(learner, learner.plan, mesh, ParallelConfig(), "fp32")
-    materialize(learner, world.device, lambda *tensor: init_sae_parameter(*tensor, seed=0))
+    first = partial(init_sae_parameter, seed=0, num_latents=config.num_latents)
+    materialize(learner, world.device, first)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=0.02)
     losses = []
     for step in range(steps):
