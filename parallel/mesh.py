@@ -81,7 +81,9 @@ def replica_mesh(mesh: Mesh, world: World) -> DeviceMesh:
     group of ``dp_shard`` or of ``tp`` serves where the other axis is 1; otherwise a new one is
     made, which is a collective over all ranks.
     """
-    shards = mesh.fsdp[mesh.fsdp.mesh_dim_names[-1]] if mesh.fsdp.ndim > 1 else mesh.fsdp
+    names = mesh.fsdp.mesh_dim_names
+    assert names is not None, "build_mesh names its axes"
+    shards = mesh.fsdp[names[-1]]
     if mesh.tp is None:
         return shards
     if shards.size() == 1:

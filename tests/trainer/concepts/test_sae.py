@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from parallel.tensor import TensorGroup
+from parallel.world import World
+from tests.ranks import run_ranks
 from trainer.concepts.sae import TopKSae
 from trainer.concepts.sae_formats import load_sae
 
@@ -115,6 +119,35 @@ def test_decode_is_differentiable_in_latents_and_weights() -> None:
         (values[..., None] * sae.decoder[ids]).sum(1) + sae.pre_bias, inputs, upstream
     )
     torch.testing.assert_close(sparse, dense)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("num_latents", "top_k", "size"), [(64, 5, 2), (37, 5, 4), (7, 6, 3)])
+def test_a_dictionary_over_ranks_is_one(num_latents: int, top_k: int, size: int) -> None:
+    """Catches latents chosen per rank, rows that no rank holds, and a bias that every rank adds.
+
+    All numbers are small and whole: sums have no rounding, and many pre-activations tie across ranks.
+    """
+    whole = random_sae(num_latents=num_latents, top_k=top_k, normalize=False)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.copy_((2 * parameter).round())
+    x = torch.randn(3, 10, whole.width, generator=torch.Generator().manual_seed(1)).round()
+
+    def work(world: World) -> tuple[Tensor, Tensor, Tensor, int]:
+        part = random_sae(num_latents=num_latents, top_k=top_k, normalize=False)
+        part.load_state_dict(whole.state_dict())
+        part.split(TensorGroup(dist.group.WORLD))
+        values, ids = part.encode(x, chunk_rows=7)
+        return values, ids, part.reconstruct(x), part.decoder.numel()
+
+    values, ids = whole.encode(x)
+    assert (values[..., 1:] == values[..., :-1]).any()
+    for found, chosen, reconstructed, elements in run_ranks(work, size):
+        assert torch.equal(chosen, ids)
+        assert torch.equal(found, values)
+        torch.testing.assert_close(reconstructed, whole.reconstruct(x), atol=1e-5, rtol=1e-5)
+        assert elements == -(-num_latents // size) * whole.width
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from parallel.apply import apply_parallel, gather_full_state, materialize
 from parallel.collectives import min_over_ranks
 from parallel.config import ParallelConfig
 from parallel.mesh import build_mesh
+from parallel.tensor import TensorGroup
 from parallel.world import World
 from tests.ranks import run_ranks
 from trainer.concepts.sae import TopKSae
@@ -314,19 +316,27 @@ def test_spliced_losses_are_those_of_the_three_streams() -> None:
     assert math.isnan(loss_recovered(clean=3.0, spliced=3.0, ablated=3.0))
 
 
-def _train_on_ranks(
-    world: World, config: SaeConfig, steps: int
-) -> tuple[dict[str, Tensor], list[int], list[float]]:
-    """Some steps of the learner on this rank's share of the tokens, sharded with FSDP2."""
-    mesh = build_mesh(ParallelConfig(), world)
+class _Trained(NamedTuple):
+    state: dict[str, Tensor]
+    counters: list[int]
+    losses: list[float]
+    sent: list[int]
+    """Bytes that this rank put into the collectives among the tensor-parallel ranks, one by one."""
+
+
+def _train_on_ranks(world: World, config: SaeConfig, steps: int, tp: int) -> _Trained:
+    """Some steps of the learner on this rank's share of the tokens, spread over all ranks."""
+    parallel = ParallelConfig(tp=tp)
+    mesh = build_mesh(parallel, world)
     learner = SaeLearner(WIDTH, config, device="meta")
-    apply_parallel(learner, learner.plan, mesh, ParallelConfig(), "fp32")
+    apply_parallel(learner, learner.plan, mesh, parallel, "fp32")
     first = partial(init_sae_parameter, seed=0, num_latents=config.num_latents)
     materialize(learner, world.device, first)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=0.02)
     losses = []
+    sent = _count_sent(learner.sae.tp)
     for step in range(steps):
-        terms = learner(residuals(48, seed=step).chunk(world.size)[world.rank])
+        terms = learner(residuals(48, seed=step).chunk(mesh.dp_size)[mesh.dp_rank])
         (terms.loss / 48).backward()
         learner.project_gradients()
         optimizer.step()
@@ -334,21 +344,52 @@ def _train_on_ranks(
         learner.after_step()
         learner.sync_buffers(lambda counters: min_over_ranks(counters, mesh), 48)
         losses.append(float(terms.loss))
-    return gather_full_state(learner), learner.tokens_since_active.tolist(), losses
+    return _Trained(gather_full_state(learner), learner.tokens_since_active.tolist(), losses, sent)
+
+
+def _count_sent(tp: TensorGroup) -> list[int]:
+    sent: list[int] = []
+    all_gather, all_sum = tp.all_gather, tp.sum
+
+    def counted(x: Tensor) -> Tensor:
+        sent.append(x.numel() * x.element_size())
+        return x
+
+    tp.all_gather = lambda x: all_gather(counted(x))  # type: ignore[method-assign]
+    tp.sum = lambda x: all_sum(counted(x))  # type: ignore[method-assign]
+    return sent
+
+
+FEW_LATENTS = replace(CONFIG, num_latents=5, top_k=1, aux_top_k=2, dead_after_tokens=60)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> _Trained:
+    (trained,) = run_ranks(_train_on_ranks, 1, FEW_LATENTS, 4, 1)
+    return trained
 
 
 @pytest.mark.dist
-def test_sharded_training_equals_one_rank() -> None:
-    """Catches rows normalised in pieces, an empty shard, and dead latents that differ between ranks."""
-    # 5 latents leave the last of 4 ranks without a row (chunks of 2, 2, 1, 0).
-    config = replace(CONFIG, num_latents=5, top_k=1, aux_top_k=2, dead_after_tokens=60)
-    ((state, counters, losses),) = run_ranks(_train_on_ranks, 1, config, 4)
-    sharded = run_ranks(_train_on_ranks, 4, config, 4)
-    assert all(rank[1] == counters for rank in sharded)
-    for step, loss in enumerate(losses):
-        assert sum(rank[2][step] for rank in sharded) == pytest.approx(loss, rel=1e-4)
-    for name, tensor in state.items():
-        torch.testing.assert_close(sharded[0][0][name], tensor, atol=1e-4, rtol=1e-4)
-    sae = SaeLearner(WIDTH, config).to_sae(sharded[0][0])
+@pytest.mark.parametrize(("num_ranks", "tp"), [(4, 1), (2, 2), (4, 2)])
+def test_sharded_training_equals_one_rank(num_ranks: int, tp: int, one_rank: _Trained) -> None:
+    """Catches rows normalised in pieces, ranks of padding alone, and dead latents that differ by rank."""
+    # 5 latents in 64 rows: most ranks hold padding only.
+    sharded = run_ranks(_train_on_ranks, num_ranks, FEW_LATENTS, 4, tp)
+    assert all(rank.counters == one_rank.counters for rank in sharded)
+    for step, loss in enumerate(one_rank.losses):
+        assert sum(rank.losses[step] for rank in sharded) / tp == pytest.approx(loss, rel=1e-4)
+    for name, tensor in one_rank.state.items():
+        torch.testing.assert_close(sharded[0].state[name], tensor, atol=1e-4, rtol=1e-4)
+    sae = SaeLearner(WIDTH, FEW_LATENTS).to_sae(sharded[0].state)
     assert isinstance(sae, TopKSae)
     torch.testing.assert_close(sae.decoder.norm(dim=-1), torch.ones(5))
+
+
+@pytest.mark.dist
+def test_what_a_split_dictionary_exchanges() -> None:
+    """Catches an exchange in backward, and candidates that travel one selection at a time."""
+    config = replace(CONFIG, dead_after_tokens=48)  # after the first of two steps
+    active, auxiliary, reconstruction = (48 * count * 4 for count in (config.top_k, config.aux_top_k, WIDTH))
+    for rank in run_ranks(_train_on_ranks, 2, config, 2, 2):
+        assert rank.sent[:2] == [2 * active, reconstruction]
+        assert rank.sent[2:] == [2 * (active + auxiliary), reconstruction, reconstruction]
