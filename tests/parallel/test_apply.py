@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel.apply import apply_parallel, gather_full_state, load_full_state, materialize
+from parallel.apply import (
+    apply_parallel,
+    gather_full_state,
+    load_full_state,
+    materialize,
+    shard_frozen,
+)
 from parallel.config import ParallelConfig
-from parallel.mesh import build_mesh
+from parallel.mesh import build_mesh, replica_mesh
 from parallel.plan import ParallelPlan
 from parallel.world import World
 from tests.parallel.toy import PLAN, ToyModel, ToyRun, assert_equal, init_weight, tokens_of
@@ -153,6 +163,80 @@ def test_each_rank_holds_its_share_only() -> None:
     whole = shares[0][1]
     assert sum(local for local, _ in shares) == whole
     assert max(local for local, _ in shares) < 0.5 * whole
+
+
+class _Spliced(ToyModel):
+    """Called in two parts from outside, as a teacher is."""
+
+    def below(self, input_ids: Tensor) -> Tensor:
+        return self.blocks[0](nn.functional.embedding(input_ids, self.weights["embedding"]))
+
+    def above(self, x: Tensor, labels: Tensor) -> Tensor:
+        logits = self.blocks[1](x) @ self.weights["embedding"].T
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+def _frozen() -> _Spliced:
+    with torch.device("meta"):
+        model = _Spliced()
+    materialize(model, torch.device("cpu"), init_weight)
+    return model.requires_grad_(False)
+
+
+def _gradient(model: _Spliced, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        x = model.below(tokens[:, :-1])
+    (gradient,) = torch.autograd.grad(model.above(x.requires_grad_(), tokens[:, 1:]), x)
+    return gradient
+
+
+def _whole_blocks(model: nn.Module) -> int:
+    blocks = (model.get_submodule(f"blocks.{index}") for index in range(2))
+    return sum(not any(isinstance(weight, DTensor) for weight in block.parameters()) for block in blocks)
+
+
+class _Gathers(TorchDispatchMode):
+    """Counts all-gathers. (CommDebugMode does not work with gradients of inputs.)"""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "allgather" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def _split_and_use(world: World, backward: bool) -> tuple[int, int, list[int]]:
+    """All-gathers of one use, weights held after it, and blocks whole while each block computes."""
+    ranks = replica_mesh(build_mesh(ParallelConfig(), world), world)
+    model, whole = _frozen(), _frozen()
+    shard_frozen(model, PLAN, ranks, ("below", "above"), backward=backward)
+    seen: list[int] = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: seen.append(_whole_blocks(model)))
+    for step in (0, 1):
+        tokens = tokens_of(step)[world.rank :: world.size]
+        with _Gathers() as gathers:
+            if backward:
+                assert torch.equal(_gradient(model, tokens), _gradient(whole, tokens))
+            else:
+                with torch.no_grad():
+                    assert torch.equal(model.below(tokens), whole.below(tokens))
+    held = sum(weight.to_local().numel() for weight in model.parameters())  # type: ignore[attr-defined]
+    return gathers.count, held, seen
+
+
+@pytest.mark.dist
+def test_frozen_weights_are_whole_only_while_they_compute() -> None:
+    """Catches a model that gathers at every call, keeps what it gathered, or computes something else."""
+    whole = sum(weight.numel() for weight in _frozen().parameters())
+    # The root once, the lower block once, the upper one again in backward.
+    for backward, gathers, blocks in ((True, 1 + 1 + 2, 2), (False, 1 + 1, 1)):
+        results = run_ranks(_split_and_use, 3, backward)
+        assert sum(held for _, held, _ in results) == whole
+        for count, held, seen in results:
+            assert count == gathers
+            assert held < whole / 2
+            assert seen == [1] * 2 * blocks
 
 
 def test_an_unsharded_model_works_too() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from parallel.config import ParallelConfig
-from parallel.mesh import build_mesh
+from parallel.mesh import build_mesh, replica_mesh
 from parallel.world import World
 from tests.ranks import RankError, run_ranks
 
@@ -46,6 +46,31 @@ def test_ranks_share_the_batch(world_size: int, config: ParallelConfig, fsdp_sha
     assert {log for *_, log in results} == {""}
 
 
+def _replica(world: World, config: ParallelConfig) -> list[int]:
+    ranks: list[int] = replica_mesh(build_mesh(config, world), world).mesh.tolist()
+    return ranks
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("config", "replicas"),
+    [
+        (ParallelConfig(), [[0, 1]]),
+        (ParallelConfig(dp_replicate=2), [[0], [1]]),
+        (ParallelConfig(tp=2), [[0, 1]]),
+        (ParallelConfig(tp=2, dp_replicate=2), [[0, 1], [2, 3]]),
+        (ParallelConfig(tp=2, dp_shard=2, dp_replicate=2), [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ],
+    ids=["shard2", "replicate2", "tp2", "replicate2-tp2", "replicate2-shard2-tp2"],
+)
+def test_a_replica_is_shards_by_tensor_parallel_ranks(
+    config: ParallelConfig, replicas: list[list[int]]
+) -> None:
+    """Catches frozen weights split over ranks of two replicas, or over one axis only."""
+    found = run_ranks(_replica, sum(map(len, replicas)), config)
+    assert found == [ranks for ranks in replicas for _ in ranks]
+
+
 def _build(world: World, config: ParallelConfig) -> None:
     build_mesh(config, world)
 
@@ -70,7 +95,7 @@ import sys
 sys.modules["torchtitan"] = None
 import parallel.apply, parallel.collectives, parallel.engine
 from parallel.config import ParallelConfig
-from parallel.mesh import build_mesh
+from parallel.mesh import build_mesh, replica_mesh
 from parallel.world import start_world, stop_world
 try:
     build_mesh(ParallelConfig(), start_world("cpu", 10))
