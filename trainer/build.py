@@ -14,7 +14,7 @@ from data.manifest import Manifest
 from data.source import open_source
 from parallel.apply import apply_parallel, materialize, tensor_group
 from parallel.engine import Engine, FsdpEngine
-from parallel.mesh import Mesh, build_mesh
+from parallel.mesh import Mesh, build_mesh, replica_mesh
 from parallel.world import World
 from parallel.zero import ZeroEngine
 from trainer.concepts.extractor import TargetExtractor, check_vocabulary, load_teacher, shard_teacher
@@ -110,7 +110,7 @@ def _build_objective(
         config.concepts, world.device, tensor_group(mesh), shard_sae=config.parallel.shard_sae
     )
     if config.parallel.shard_teacher:
-        shard_teacher(extractor.teacher, mesh, world, backward=True)
+        shard_teacher(extractor.teacher, replica_mesh(mesh, world), backward=True)
     sizes = extractor.teacher.config
     check_vocabulary(extractor.teacher, manifest.tokenizer.vocab_size, seq_len, config.concepts.teacher)
     with torch.device("meta"):
@@ -132,7 +132,7 @@ def _build_sae(
     teacher = load_teacher(config.sae.teacher, config.sae.layer, key="sae.layer")
     teacher.to(world.device, torch.float32)
     if config.parallel.shard_teacher:
-        shard_teacher(teacher, mesh, world, backward=False)
+        shard_teacher(teacher, replica_mesh(mesh, world), backward=False)
     check_vocabulary(teacher, manifest.tokenizer.vocab_size, config.data.seq_len, config.sae.teacher)
     sizes = teacher.config
     flops = sae_flops_per_token(

@@ -71,6 +71,15 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, RunConfig, Cluster]]:
         if tp <= cluster.gpus_per_node:
             split = replace(parallel, tp=tp, dp_shard=-1)
             yield f"--parallel.tp={tp}{rest}", replace(config, parallel=split), cluster
+    if plan.teacher is not None and not parallel.shard_teacher and layout.replica > 1:
+        split_teacher = replace(parallel, shard_teacher=True)
+        yield "--parallel.shard_teacher=true", replace(config, parallel=split_teacher), cluster
+    if plan.teacher is not None and not parallel.shard_sae and layout.tp > 1:
+        yield (
+            "--parallel.shard_sae=true",
+            replace(config, parallel=replace(parallel, shard_sae=True)),
+            cluster,
+        )
     if train.precision == "fp32":
         yield "--train.precision=bf16", replace(config, train=replace(train, precision="bf16")), cluster
     if plan.teacher is not None and config.concepts is not None and config.concepts.precision == "fp32":

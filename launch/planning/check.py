@@ -78,7 +78,10 @@ def _compare_traffic(plan: Plan, measured: Mapping[tuple[str, Kind], int]) -> li
 
 
 def _axis(plan: Plan, axis: str) -> str:
-    """Where data parallelism has one axis only, torch may have one group for it and for all its ranks."""
-    if axis == "dp" and 1 in (plan.layout.dp_replicate, plan.layout.dp_shard):
-        return "dp_shard" if plan.layout.dp_replicate == 1 else "dp_replicate"
+    """Where one axis only has several ranks, torch may have one group for it and for what it is part of."""
+    layout = plan.layout
+    if axis == "dp" and 1 in (layout.dp_replicate, layout.dp_shard):
+        return "dp_shard" if layout.dp_replicate == 1 else "dp_replicate"
+    if axis == "replica" and 1 in (layout.dp_shard, layout.tp):
+        return "dp_shard" if layout.tp == 1 else "tp"
     return axis

@@ -148,7 +148,7 @@ def make_plan(config: RunConfig, cluster: Cluster, assumptions: Assumptions) -> 
         None if teacher is None else teacher.shape,
         None if concepts is None else SaeShape(concepts.num_concepts, concepts.top_k),
     )
-    traffic = plan_traffic(config, layout)
+    traffic = plan_traffic(config, layout, teacher)
     return Plan(
         config=config,
         layout=layout,

@@ -84,6 +84,11 @@ class Layout:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def replica(self) -> int:
+        """Ranks that hold one model between them, and frozen weights that are split over all of them."""
+        return self.dp_shard * self.tp
+
+    @property
     def microbatches(self) -> tuple[int, ...]:
         """Sequences of each microbatch of a step."""
         full, rest = divmod(self.rows_per_rank, self.microbatch_size)

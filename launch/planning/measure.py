@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.optim import AdamW
@@ -30,15 +31,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import trainer.kernels.chunks
+import trainer.kernels.topk
 from data.batch import Batch
 from launch.planning.forecast import Plan
 from launch.planning.traffic import Kind
 from parallel.apply import apply_parallel, tensor_group
 from parallel.collectives import max_over_ranks, sum_over_ranks
 from parallel.engine import FsdpEngine
-from parallel.mesh import Mesh, build_mesh
+from parallel.mesh import Mesh, build_mesh, replica_mesh
+from parallel.tensor import TensorGroup
 from parallel.world import World
-from trainer.concepts.extractor import TargetExtractor
+from trainer.concepts.extractor import TargetExtractor, shard_teacher
 from trainer.concepts.sae import TopKSae
 from trainer.config import ModelConfig
 from trainer.metrics.sums import ConceptUsage, StepMetrics
@@ -186,7 +189,8 @@ def measure(plan: Plan) -> Measured:
         mesh = build_mesh(config.parallel, world)
         model = _student(plan)
         apply_parallel(model, model.plan, mesh, config.parallel, config.train.precision)
-        frozen = _frozen(plan)
+        replica = replica_mesh(mesh, world)
+        frozen = _frozen(plan, replica, tensor_group(mesh))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(meter)
         model.to_empty(device="cpu")
@@ -199,7 +203,7 @@ def measure(plan: Plan) -> Measured:
             optimizer=sum(_local_bytes(state) for state in states),
             gradients=engine.gradients,
             peaks=dict(meter.peaks),
-            traffic=_by_axis(meter, mesh),
+            traffic=_by_axis(meter, mesh, replica),
         )
 
 
@@ -212,8 +216,8 @@ def _student(plan: Plan) -> GPT2:
         return CoCoMix(plan.config.model, plan.config.concepts)
 
 
-def _frozen(plan: Plan) -> tuple[GPT2, TopKSae] | None:
-    """Teacher and autoencoder on the meta device."""
+def _frozen(plan: Plan, replica: DeviceMesh, tp: TensorGroup) -> tuple[GPT2, TopKSae] | None:
+    """Teacher and autoencoder on the meta device, split as the run splits them."""
     if plan.teacher is None or plan.config.concepts is None:
         return None
     shape, concepts = plan.teacher, plan.config.concepts
@@ -227,8 +231,12 @@ def _frozen(plan: Plan) -> tuple[GPT2, TopKSae] | None:
     dtype = torch.bfloat16 if concepts.precision == "bf16" else torch.float32
     with torch.device("meta"):
         teacher = GPT2(sizes).to(dtype).requires_grad_(False)
-    sae = TopKSae(shape.d_model, concepts.num_concepts, concepts.top_k, device="meta")
-    return teacher, sae.requires_grad_(False)
+    if plan.config.parallel.shard_teacher:
+        shard_teacher(teacher, replica, backward=True)
+    sae = TopKSae(shape.d_model, concepts.num_concepts, concepts.top_k, device="meta").requires_grad_(False)
+    if plan.config.parallel.shard_sae:
+        sae.split(tp)
+    return teacher, sae
 
 
 def _objective(plan: Plan, mesh: Mesh, meter: Meter, frozen: tuple[GPT2, TopKSae] | None) -> Objective:
@@ -270,8 +278,8 @@ def _train_one_step(plan: Plan, mesh: Mesh, engine: _Phases, frozen: tuple[GPT2,
         usage.reduce(partial(max_over_ranks, mesh=mesh))
 
 
-def _by_axis(meter: Meter, mesh: Mesh) -> dict[tuple[str, Kind], int]:
-    axes: dict[str, str] = {}
+def _by_axis(meter: Meter, mesh: Mesh, replica: DeviceMesh) -> dict[tuple[str, Kind], int]:
+    axes: dict[str, str] = {replica.get_group().group_name: "replica"}
     if mesh.dp_group is not None:
         axes[mesh.dp_group.group_name] = "dp"
     names = ("dp_replicate", "dp_shard") if mesh.fsdp.ndim == 2 else ("dp_shard",)
@@ -303,7 +311,7 @@ def _fake_world(size: int) -> Iterator[World]:
 
 @contextmanager
 def _as_on_a_gpu(meter: Meter) -> Iterator[None]:
-    """A GPU's chunks of logits; in-place frees are seen, and DTensor's shape inference is not."""
+    """A GPU's chunks of logits and order of ties; in-place frees are seen, DTensor's inference is not."""
     resize = torch.UntypedStorage.resize_
     infer = ShardingPropagator._propagate_tensor_meta_non_cached
 
@@ -316,9 +324,10 @@ def _as_on_a_gpu(meter: Meter) -> Iterator[None]:
         with meter.muted():
             return infer(*args, **kwargs)
 
-    chunks = trainer.kernels.chunks
+    chunks, topk = trainer.kernels.chunks, trainer.kernels.topk
     with ExitStack() as stack:
         stack.enter_context(_replaced(chunks, "_CPU_ELEMENTS", chunks._CUDA_ELEMENTS))
+        stack.enter_context(_replaced(topk, "order_ties", lambda _, __, *best: topk.sorted_by_id(*best)))
         stack.enter_context(_replaced(torch.UntypedStorage, "resize_", metered_resize))
         stack.enter_context(
             _replaced(ShardingPropagator, "_propagate_tensor_meta_non_cached", muted_inference)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from launch.planning.layout import Layout
 from launch.planning.teacher import Teacher
+from parallel.config import ParallelConfig
 from trainer.config import ConceptsConfig, ModelConfig, RunConfig
 from trainer.model.padding import padded
 
@@ -213,7 +214,7 @@ def _microbatch(
         book.hold(accumulated_gradients=FP32 * layout.gathered_elements)
     if teacher is not None:
         assert config.concepts is not None
-        _extraction(book, config.concepts, teacher, -(-rows // layout.tp), config.data.seq_len)
+        _extraction(book, config, layout, teacher, rows)
     reshard = config.parallel.reshard_after_forward
     _forward(book, s, reshard=reshard)
     _backward(book, s, reshard=reshard, accumulated=accumulated)
@@ -230,18 +231,26 @@ def _hold_state(book: Book, config: RunConfig, layout: Layout, teacher: Teacher 
     book.hold(parameters=FP32 * layout.shard_elements, optimizer=optimizer_bytes(layout))
     if teacher is not None and config.concepts is not None:
         element = 2 if config.concepts.precision == "bf16" else FP32
-        latents = config.concepts.num_concepts
+        ranks = layout.replica if config.parallel.shard_teacher else 1
+        rows = latents_held(config.concepts, config.parallel)
         book.hold(
-            teacher=element * teacher.elements,
-            SAE=FP32 * (2 * latents * teacher.d_model + latents + teacher.d_model),
-            metrics=2 * (latents + 1),
+            teacher=element * teacher.shard_elements(ranks),
+            SAE=FP32 * (2 * rows * teacher.d_model + rows + teacher.d_model),
+            metrics=2 * (config.concepts.num_concepts + 1),
         )
 
 
-def _extraction(book: Book, concepts: ConceptsConfig, teacher: Teacher, rows: int, seq_len: int) -> None:
+def latents_held(concepts: ConceptsConfig, parallel: ParallelConfig) -> int:
+    """Rows of the autoencoder's dictionary on one rank."""
+    return -(-concepts.num_concepts // parallel.tp) if parallel.shard_sae else concepts.num_concepts
+
+
+def _extraction(book: Book, config: RunConfig, layout: Layout, teacher: Teacher, rows: int) -> None:
     """The teacher's pass: blocks above the residual keep what a gradient of activations needs."""
+    assert config.concepts is not None
+    concepts, parallel = config.concepts, config.parallel
     element = 2 if concepts.precision == "bf16" else FP32
-    tokens = rows * seq_len
+    tokens = -(-rows // layout.tp) * config.data.seq_len
     stream = element * tokens * teacher.d_model
     # Norm input twice, queries, keys, values and their mixture, the inner width before gelu.
     kept = (teacher.n_layer - 1 - concepts.sae_layer) * (10 * stream + FP32 * tokens * teacher.n_head)
@@ -252,15 +261,26 @@ def _extraction(book: Book, concepts: ConceptsConfig, teacher: Teacher, rows: in
         workspace=FP32 * chunk_rows(tokens, columns) * columns,
         extraction=kept + 4 * stream,
         extraction_logits=chunk_bytes(tokens, columns, copies, copies),
+        teacher_gathered=element * _teacher_gathered(teacher, layout) if parallel.shard_teacher else 0,
     )
+    streams = 2 * stream
+    if parallel.shard_sae:
+        # The residuals and gradients of this rank's rows, and those of all rows.
+        streams += 2 * stream + 2 * element * rows * config.data.seq_len * teacher.d_model
+        tokens = rows * config.data.seq_len
+    latents = latents_held(concepts, parallel)
     book.note(
         "targets: the autoencoder",
-        workspace=FP32 * SAE_CHUNK_ROWS * padded(concepts.num_concepts),
-        extraction=2 * stream
-        + 3 * FP32 * tokens * teacher.d_model
-        + (FP32 + INT64) * tokens * concepts.top_k,
-        extraction_logits=FP32 * min(SAE_CHUNK_ROWS, tokens) * concepts.num_concepts,
+        workspace=FP32 * SAE_CHUNK_ROWS * latents,
+        extraction=streams + 3 * FP32 * tokens * teacher.d_model + (FP32 + INT64) * tokens * concepts.top_k,
+        extraction_logits=FP32 * min(SAE_CHUNK_ROWS, tokens) * latents,
     )
+
+
+def _teacher_gathered(teacher: Teacher, layout: Layout) -> int:
+    """A split teacher's root, and the buffer in which its last block arrived."""
+    ranks = layout.replica
+    return 0 if ranks == 1 else teacher.root.elements(1) + ranks * teacher.block.shard_elements(1, ranks)
 
 
 def _gathered_weights(s: _Sizes, blocks: int) -> int:

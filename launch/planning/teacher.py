@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.planning.layout import block_parameters
+from launch.planning.layout import Parameter, Unit, block_parameters
 from trainer.config import ConceptsConfig
 from trainer.flops import TeacherShape
 from trainer.model.padding import padded
@@ -30,11 +30,27 @@ class Teacher:
         return TeacherShape(self.d_model, self.n_layer, self.vocab_size)
 
     @property
+    def block(self) -> Unit:
+        """Weights of one block."""
+        return Unit(block_parameters(self.d_model))
+
+    @property
+    def root(self) -> Unit:
+        """Embeddings with the padded vocabulary and final norm; the head is tied."""
+        width = self.d_model
+        rows = (padded(self.vocab_size), self.n_positions)
+        norm = Parameter((width,))
+        return Unit((*(Parameter((count, width)) for count in rows), norm, norm))
+
+    @property
     def elements(self) -> int:
-        """Weights with the padded vocabulary; the head is tied."""
-        block = sum(parameter.elements(1) for parameter in block_parameters(self.d_model))
-        rows = padded(self.vocab_size) + self.n_positions + 2
-        return self.n_layer * block + rows * self.d_model
+        """Weights."""
+        return self.shard_elements(1)
+
+    def shard_elements(self, ranks: int) -> int:
+        """Weights on the first of ``ranks`` that hold one teacher between them."""
+        blocks = self.n_layer * self.block.shard_elements(1, ranks)
+        return blocks + self.root.shard_elements(1, ranks)
 
 
 def teacher_of(concepts: ConceptsConfig) -> Teacher:

@@ -13,9 +13,10 @@ from typing import Literal
 
 from launch.planning.layout import Layout, Unit
 from launch.planning.memory import FP32, INT64
+from launch.planning.teacher import Teacher
 from trainer.config import ConceptsConfig, ModelConfig, RunConfig
 
-Axis = Literal["dp_shard", "dp_replicate", "tp", "dp"]
+Axis = Literal["dp_shard", "dp_replicate", "tp", "dp", "replica"]
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
 
 FP64 = 8
@@ -56,6 +57,7 @@ def group_of(axis: Axis, layout: Layout) -> tuple[int, int]:
         "dp_shard": (layout.dp_shard, layout.tp),
         "dp_replicate": (layout.dp_replicate, layout.tp * layout.dp_shard),
         "dp": (layout.dp_size, layout.tp),
+        "replica": (layout.replica, 1),
     }[axis]
     return size, min(size, max(1, layout.cluster.gpus_per_node // stride))
 
@@ -71,7 +73,7 @@ def sent(transfer: Transfer, layout: Layout) -> Sent:
     return Sent(total * (1 - outside), total * outside)
 
 
-def plan_traffic(config: RunConfig, layout: Layout) -> tuple[Transfer, ...]:
+def plan_traffic(config: RunConfig, layout: Layout, teacher: Teacher | None) -> tuple[Transfer, ...]:
     """Every collective of a step on groups of more than one rank; those of a few bytes are left out."""
     assert config.model is not None
     concepts = config.concepts if config.objective.name == "cocomix" else None
@@ -80,6 +82,7 @@ def plan_traffic(config: RunConfig, layout: Layout) -> tuple[Transfer, ...]:
         *_weights(config, layout, element),
         *_gradients(layout),
         *_tensor_parallel(config.model, concepts, layout, config.data.seq_len, element),
+        *_targets(config, layout, teacher),
         *_metrics(config, layout),
     ]
     return tuple(part for part in found if part.buffer and group_of(part.axis, layout)[0] > 1)
@@ -165,8 +168,39 @@ def _concept_path(
     yield Transfer("ranks of the targets", "tp", "all-reduce", ranks, exposed=True)
     columns = 2 * element * tokens * model.d_model // layout.tp
     yield Transfer("mixed concepts", "tp", "all-to-all", columns, exposed=True)
-    rows = sum(-(-size // layout.tp) * layout.tp for size in layout.microbatches)
-    yield Transfer("target ids", "tp", "all-gather", 2 * concepts.num_targets * rows * seq_len, exposed=True)
+
+
+def _targets(config: RunConfig, layout: Layout, teacher: Teacher | None) -> Iterator[Transfer]:
+    """What target extraction exchanges: weights of a split teacher, then residuals or target ids."""
+    if teacher is None or config.concepts is None:
+        return
+    concepts, parallel, seq_len = config.concepts, config.parallel, config.data.seq_len
+    element = 2 if concepts.precision == "bf16" else FP32
+    if parallel.shard_teacher:
+        yield from _teacher_weights(concepts, layout, teacher, element)
+    # Each rank computes an equal share of the rows, where need be one of them twice.
+    rows = sum(-(-size // layout.tp) * layout.tp for size in layout.microbatches) * seq_len
+    if not parallel.shard_sae:
+        size = 2 * concepts.num_targets * rows
+        yield Transfer("target ids", "tp", "all-gather", size, exposed=True)
+        return
+    residuals = 2 * element * teacher.d_model * rows
+    yield Transfer("residuals and their gradients", "tp", "all-gather", residuals, exposed=True)
+    scores = FP32 * concepts.top_k * layout.rows_per_rank * seq_len
+    candidates = 2 * layout.tp * scores
+    yield Transfer("active latents", "tp", "all-gather", candidates, exposed=True)
+    yield Transfer("attribution", "tp", "all-reduce", scores, exposed=True)
+
+
+def _teacher_weights(
+    concepts: ConceptsConfig, layout: Layout, teacher: Teacher, element: int
+) -> Iterator[Transfer]:
+    """Each microbatch gathers the root once, blocks once, and those above the residual again in backward."""
+    ranks, times = layout.replica, element * len(layout.microbatches)
+    block, root = (unit.shard_elements(1, ranks) * ranks for unit in (teacher.block, teacher.root))
+    passes = teacher.n_layer + (teacher.n_layer - 1 - concepts.sae_layer)
+    yield Transfer("weights of the teacher's blocks", "replica", "all-gather", times * passes * block)
+    yield Transfer("weights of the teacher's root", "replica", "all-gather", times * root, exposed=True)
 
 
 def _metrics(config: RunConfig, layout: Layout) -> Iterator[Transfer]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.apply import shard_frozen
-from parallel.mesh import Mesh, replica_mesh
 from parallel.tensor import TensorGroup
-from parallel.world import World
 from trainer.concepts.attribution import attribution, residual_and_gradient, select_targets
 from trainer.concepts.sae import TopKSae
 from trainer.concepts.sae_formats import check_fits, load_sae
@@ -36,16 +35,15 @@ def load_teacher(path: str, layer: int, *, key: str) -> GPT2:
     return teacher
 
 
-def shard_teacher(teacher: GPT2, mesh: Mesh, world: World, *, backward: bool) -> None:
-    """Split a teacher's weights over the ranks of a replica; a collective over all ranks.
+def shard_teacher(teacher: GPT2, ranks: DeviceMesh, *, backward: bool) -> None:
+    """Split a teacher's weights over the ranks of a replica.
 
     Args:
         teacher: frozen, on the device of the run.
-        mesh, world: of the run.
+        ranks: from :func:`parallel.mesh.replica_mesh`.
         backward: whether gradients of its loss are taken, or residuals alone.
     """
-    entries = ("residual_after", "loss_from_residual")
-    shard_frozen(teacher, teacher.plan, replica_mesh(mesh, world), entries, backward=backward)
+    shard_frozen(teacher, teacher.plan, ranks, ("residual_after", "loss_from_residual"), backward=backward)
 
 
 def check_vocabulary(teacher: GPT2, vocab_size: int, seq_len: int, path: str) -> None:

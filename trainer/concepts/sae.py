@@ -141,14 +141,17 @@ class TopKSae(nn.Module):
             Values (..., K) fp32 after the ReLU (so some may be 0) and ids (..., K) int64.
         """
         x_n = self.standardize(x)[0].reshape(-1, self.width)
-        weights = (local(self.encoder.weight), local(self.latent_bias))
-        picks = []
-        for rows in torch.split(x_n - self.pre_bias.float(), chunk_rows):
-            scores = self.columns.mask_padding_(preactivations(rows, *weights))
-            picks.append(pick(scores, self.top_k, self.columns))
+        chunks = torch.split(x_n - self.pre_bias.float(), chunk_rows)
+        # A name for the pre-activations would keep one chunk's alive beside the next one's.
+        picks = [pick(self._preactivations(rows), self.top_k, self.columns) for rows in chunks]
         (best,) = merge_top_k([join(picks)], [self.top_k], self.tp)
         shape = (*x.shape[:-1], self.top_k)
         return best.values.relu().view(shape), best.ids.view(shape)
+
+    def _preactivations(self, centered: Tensor) -> Tensor:
+        """Of the latents that this rank holds, (n, M/tp) fp32."""
+        scores = preactivations(centered, local(self.encoder.weight), local(self.latent_bias))
+        return self.columns.mask_padding_(scores)
 
     def decode(self, values: Tensor, ids: Tensor) -> Tensor:
         """Standardised residual of sparse latents: ``sum_k values_k * decoder[ids_k] + pre_bias``.

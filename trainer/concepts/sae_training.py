@@ -247,6 +247,7 @@ class _SelectLatents(torch.autograd.Function):
             active.append(pick(scores, top_k, columns))
             if aux_top_k:
                 auxiliary.append(pick(scores.masked_fill_(alive, -torch.inf), aux_top_k, columns))
+            del scores  # before the next chunk's are made
         picks = [join(chunks) for chunks in (active, auxiliary) if chunks]
         best = merge_top_k(picks, [top_k, aux_top_k][: len(picks)], columns.tp)
         all_values, all_ids = (torch.cat(parts, dim=-1) for parts in zip(*best, strict=True))
