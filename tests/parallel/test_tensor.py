@@ -57,6 +57,38 @@ def test_collectives_are_each_others_gradients(size: int) -> None:
     run_ranks(work, size)
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize("num_rows", [0, 1, 6, 7])
+def test_shares_of_rows_come_back(num_rows: int) -> None:
+    """Catches rows that are lost, swapped or doubled where the ranks do not divide them."""
+    whole = _random(num_rows, 4, seed=0)
+
+    def work(world: World) -> tuple[int, Tensor]:
+        tp = _group()
+        mine = tp.share_rows(whole)
+        return len(mine), tp.gather_rows(2 * mine, num_rows)
+
+    for share, gathered in run_ranks(work, 3):
+        assert share == -(-num_rows // 3)
+        assert torch.equal(gathered, 2 * whole)
+
+
+@pytest.mark.dist
+def test_summed_parts_get_the_gradient_of_the_sum() -> None:
+    """Catches a gradient that is summed over ranks which all computed the same loss."""
+
+    def work(world: World) -> None:
+        tp = _group()
+        part = _random(3, 5, 4, seed=0)[tp.rank].requires_grad_()
+        summed = tp.sum_parts(part)
+        torch.testing.assert_close(summed, _random(3, 5, 4, seed=0).sum(0))
+        back = _random(5, 4, seed=1)
+        summed.backward(back)
+        assert torch.equal(part.grad, back)
+
+    run_ranks(work, 3)
+
+
 def _padded(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
 
