@@ -18,7 +18,7 @@ from data.files import replace_text
 from data.loader import validation_batches
 from trainer.concepts.extractor import load_teacher
 from trainer.concepts.sae_formats import load_sae
-from trainer.concepts.sae_training import (
+from trainer.concepts.sae_metrics import (
     ReconstructionSums,
     loss_recovered,
     reconstruction_metrics,
