@@ -141,7 +141,7 @@ class TopKSae(nn.Module):
             Values (..., K) fp32 after the ReLU (so some may be 0) and ids (..., K) int64.
         """
         x_n = self.standardize(x)[0].reshape(-1, self.width)
-        chunks = torch.split(x_n - self.pre_bias.float(), chunk_rows)
+        chunks = torch.split(x_n - local(self.pre_bias).float(), chunk_rows)
         # A name for the pre-activations would keep one chunk's alive beside the next one's.
         picks = [pick(self._preactivations(rows), self.top_k, self.columns) for rows in chunks]
         (best,) = merge_top_k([join(picks)], [self.top_k], self.tp)
