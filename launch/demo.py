@@ -36,7 +36,7 @@ from data.progress import format_duration
 from data.source import open_tokenizer
 from launch.processes import adopt_orphans, kill_descendants, signal_at_parent_death
 from trainer.analysis.curves import read_curve
-from trainer.analysis.generate import continue_tokens
+from trainer.analysis.sampling import Sampling, continue_tokens
 from trainer.checkpoint.state import compare_configs
 from trainer.concepts.train_sae import REPORT_NAME
 from trainer.config import RunConfig
@@ -357,15 +357,19 @@ def _samples(stage: Stage) -> str:
     if not log.sample_prompts:
         return ""
     tokenizer = open_tokenizer(stage.config.data)
+    prompts = [tokenizer.encode(prompt) for prompt in log.sample_prompts]
     continued = continue_tokens(
         load_model(stage.product.parent),
-        [tokenizer.encode(prompt) for prompt in log.sample_prompts],
+        prompts,
         new_tokens=log.sample_tokens,
         max_context=stage.config.model.n_positions,
         device=torch.device("cpu"),
-        seed=stage.config.run.seed,
+        sampling=Sampling(seed=stage.config.run.seed),
     )
-    texts = [tokenizer.decode(ids).replace("\n", "\n    ") for ids in continued]
+    texts = [
+        tokenizer.decode([*prompt, *new]).replace("\n", "\n    ")
+        for prompt, new in zip(prompts, continued, strict=True)
+    ]
     return f"text sampled from {stage.name}:\n" + "\n".join(f"  > {text}" for text in texts)
 
 

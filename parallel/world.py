@@ -59,7 +59,7 @@ def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Wor
             is not there.
     """
     rank, size, local_rank = _identity()
-    chosen = _choose_device(device, local_rank)
+    chosen = choose_device(device, local_rank)
     if not dist.is_initialized():
         # A one-process store in memory: a plain `python -m` run must neither need nor open a port.
         store = None if _launched() else dist.HashStore()
@@ -123,7 +123,12 @@ def _environment_int(name: str) -> int:
     return int(text)
 
 
-def _choose_device(device: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:
+def choose_device(device: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
+    """The device of one process; a CUDA device becomes its current one.
+
+    Raises:
+        ValueError: The device is not there.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and count == 0):
         return torch.device("cpu")

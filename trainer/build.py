@@ -101,10 +101,10 @@ def _build_objective(
         return _build_sae(config, world, mesh, manifest)
     assert config.model is not None
     seq_len = config.data.seq_len
+    with torch.device("meta"):
+        student = empty_student(config)
     if config.objective.name == "ntp":
-        with torch.device("meta"):
-            trunk = GPT2(config.model)
-        return trunk, NextToken(), flops_per_token(config.model, None, seq_len)
+        return student, NextToken(), flops_per_token(config.model, None, seq_len)
     assert config.concepts is not None
     extractor = TargetExtractor.load(
         config.concepts, world.device, tensor_group(mesh), shard_sae=config.parallel.shard_sae
@@ -113,8 +113,6 @@ def _build_objective(
         shard_teacher(extractor.teacher, replica_mesh(mesh, world), backward=True)
     sizes = extractor.teacher.config
     check_vocabulary(extractor.teacher, manifest.tokenizer.vocab_size, seq_len, config.concepts.teacher)
-    with torch.device("meta"):
-        student = CoCoMix(config.model, config.concepts)
     flops = flops_per_token(
         config.model,
         config.concepts,
@@ -123,6 +121,15 @@ def _build_objective(
         SaeShape(extractor.sae.num_latents, extractor.sae.top_k),
     )
     return student, CoCoMixLoss(extractor, config.objective.concept_weight), flops
+
+
+def empty_student(config: RunConfig) -> GPT2:
+    """The language model that a run trains, without values, on the default device."""
+    assert config.model is not None
+    if config.objective.name == "ntp":
+        return GPT2(config.model)
+    assert config.concepts is not None
+    return CoCoMix(config.model, config.concepts)
 
 
 def _build_sae(

@@ -15,7 +15,7 @@ from data.loader import validation_batches
 from data.source import open_tokenizer
 from data.tokenizer import Tokenizer
 from parallel.collectives import Agreement, max_over_ranks, sum_over_ranks
-from trainer.analysis.generate import continue_tokens
+from trainer.analysis.sampling import Sampling, continue_tokens
 from trainer.build import Parts
 from trainer.checkpoint.io import Checkpointer, SavedRun, SaveResult
 from trainer.checkpoint.policy import CheckpointPolicy
@@ -244,9 +244,9 @@ class Loop:
                 new_tokens=config.log.sample_tokens,
                 max_context=config.model.n_positions,
                 device=parts.world.device,
-                seed=config.run.seed,
+                sampling=Sampling(seed=config.run.seed),
             )
-        texts = [tokenizer.decode(ids[-config.log.sample_tokens :]) for ids in continued]
+        texts = [tokenizer.decode(ids) for ids in continued]
         self.log.samples(self.progress.step, dict(zip(prompts, texts, strict=True)))
 
     def save(self, *, wait: bool) -> None:

@@ -283,6 +283,32 @@ class Checkpointer:
             ranks.leave()
 
 
+def load_newest_model(root: Path, weights: dict[str, torch.Tensor]) -> int | None:
+    """Read a model's weights from the newest good checkpoint of a run, in place; nothing there is changed.
+
+    Unlike :meth:`Checkpointer.find_newest` this may be called beside the run's own process: a damaged
+    checkpoint is passed over, not put into quarantine.
+
+    Args:
+        root: The run's directory of checkpoints.
+        weights: Whole tensors by parameter name, whatever layout and engine wrote the checkpoint.
+
+    Returns:
+        The checkpoint's step, or None when there is no good one.
+
+    Raises:
+        CheckpointError: Names or shapes do not match, or the run removed it while it was read.
+    """
+    store, alone = CheckpointStore(root), Ranks(0.0)
+    for step in reversed(store.steps()):
+        if store.find_problems(step):
+            continue
+        path = store.read(step).path
+        alone.agree("load", partial(_load_tensors, path, {"model": weights}, alone, partial_state=True))
+        return step
+    return None
+
+
 def _attempt(store: CheckpointStore, ranks: Ranks, job: _Job) -> SaveResult:
     """Write one checkpoint, or give it up on all ranks; RankLostError when they cannot agree any more."""
     checkpoint, abandoned = None, None

@@ -8,7 +8,7 @@ from torch import Tensor
 from trainer.config import ConceptsConfig, ModelConfig
 from trainer.kernels.concept_head import ConceptHeadOutput
 from trainer.kernels.reference import MASKED_TARGET
-from trainer.model.concept_head import ConceptMixer
+from trainer.model.concept_head import ConceptMixer, KeptEdit
 from trainer.model.gpt2 import GPT2, ConceptSums, ModelOutput
 
 
@@ -16,6 +16,9 @@ def interleave(tokens: Tensor, concepts: Tensor) -> Tensor:
     """h_1, q_1, h_2, q_2, ...: two (B, T, D) streams -> (B, 2T, D), token first."""
     return torch.stack((tokens, concepts), dim=2).flatten(1, 2)
 
+
+POSITIONS_PER_TOKEN = 2
+"""Positions above the insertion that a token adds: its own and its concept's."""
 
 CONCEPT_POSITIONS = slice(1, None, 2)
 """Where the concepts stand in an interleaved stream."""
@@ -64,14 +67,26 @@ class CoCoMix(GPT2):
         """
         length = input_ids.shape[1]
         h = self.run_blocks(self.embed(self.whole_parts(input_ids)), 0, self.insert_layer)
-        q, head = self.mixer(h, targets, with_ranks=with_ranks)
+        x, head = self.insert(h, targets, with_ranks=with_ranks)
         last = self.config.n_layer - 1
-        x = self.run_blocks(interleave(h, q), self.insert_layer, last)
+        x = self.run_blocks(x, self.insert_layer, last)
         x = self.blocks[last](x, CONCEPT_POSITIONS)
         out = self.read_out(x, labels, length, last_only=last_only)
         return out._replace(
             loss_concept=None if targets is None else head.loss, concepts=_count(head, targets)
         )
+
+    def insert(
+        self,
+        h: Tensor,
+        targets: Tensor | None = None,
+        *,
+        with_ranks: bool = False,
+        edit: KeptEdit | None = None,
+    ) -> tuple[Tensor, ConceptHeadOutput]:
+        """The stream above the insertion (B, 2T, D) from the one below it (B, T, D); see the mixer."""
+        q, head = self.mixer(h, targets, with_ranks=with_ranks, edit=edit)
+        return interleave(h, q), head
 
     def concept_logits(self, input_ids: Tensor) -> Tensor:
         """All concept logits (B, T, M), for inspection."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,10 @@ from trainer.kernels.sparse import sparse_decode
 from trainer.model.padding import padded
 
 _STD_EPS = 1e-5  # added to the standard deviation, not to the variance: as in the published SAEs
+
+
+KeptEdit = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Kept values and ids, both (B*T, K), to others of any K; an id may stand twice, its values add up."""
 
 
 class ConceptMixer(nn.Module):
@@ -42,7 +48,12 @@ class ConceptMixer(nn.Module):
         return (h - mean) / (std + _STD_EPS) - local(self.pre_bias).float(), mean, std
 
     def forward(
-        self, h: Tensor, targets: Tensor | None, *, with_ranks: bool = False
+        self,
+        h: Tensor,
+        targets: Tensor | None,
+        *,
+        with_ranks: bool = False,
+        edit: KeptEdit | None = None,
     ) -> tuple[Tensor, ConceptHeadOutput]:
         """Continuous concepts of a residual stream.
 
@@ -50,6 +61,7 @@ class ConceptMixer(nn.Module):
             h: (B, T, D).
             targets: (B, T, A) int64 concept ids or ``MASKED_TARGET``; ``None`` predicts without a loss.
             with_ranks: also rank the targets.
+            edit: changes what is mixed in after the selection; the head's output stays as predicted.
 
         Returns:
             q (B, T, D) in the dtype of h, and the head's output over B*T rows.
@@ -67,7 +79,8 @@ class ConceptMixer(nn.Module):
             tp=self.tp,
             with_ranks=with_ranks,
         )
-        columns = sparse_decode(head.values, head.ids, compress).view(*rows.shape[:2], -1)
+        kept = (head.values, head.ids) if edit is None else edit(head.values, head.ids)
+        columns = sparse_decode(*kept, compress).view(*rows.shape[:2], -1)
         mixed = self.tp.columns_to_sequence(columns).float()
         bias = local(self.compress_bias).float() + local(self.pre_bias).float()
         q = (mixed + bias) * std + mean

@@ -8,7 +8,7 @@ D width, H heads, V vocabulary.
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,14 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, local(self.weight), local(self.bias), self.eps)
 
 
+class Past(Protocol):
+    """Keys and values of the positions before those that a block is given (``trainer.model.decoding``)."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, read: slice | None) -> Tensor:
+        """Take new keys and values (B, H, T, D/H) in; attend from queries (B, H, R, D/H) of ``read``."""
+        ...
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention with one fused projection for queries, keys and values.
 
@@ -85,15 +93,22 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.d_model, config.d_model)
         self.tp = TensorGroup()
 
-    def forward(self, x: Tensor, read: slice | None = None) -> Tensor:
-        """Attend from all positions of x (B, T, D), or from those of ``read`` only: (B, R, D)."""
+    def forward(self, x: Tensor, read: slice | None = None, past: Past | None = None) -> Tensor:
+        """Attend from all positions of x (B, T, D), or from those of ``read`` only: (B, R, D).
+
+        With ``past``, x are the positions after those that it holds; it takes them in.
+        """
         x = self.tp.gather_sequence(x)
         if read is None:
             query, key, value = self._project(x, slice(None))
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
             (query,) = self._project(x[:, read], slice(0, 1))
             key, value = self._project(x, slice(1, 3))
+        if past is not None:
+            mixed = past.attend(query, key, value, read)
+        elif read is None:
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:
             position = torch.arange(x.shape[1], device=x.device)
             mask = position <= position[read].unsqueeze(1)
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -137,13 +152,14 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, read: slice | None = None) -> Tensor:
+    def forward(self, x: Tensor, read: slice | None = None, past: Past | None = None) -> Tensor:
         """Update all positions of x (B, T, D).
 
         With ``read`` only those positions are returned, (B, R, D): the others serve as keys and values
-        and cost neither queries nor MLP. For a last block of which not everything is read.
+        and cost neither queries nor MLP. For a last block of which not everything is read. With ``past``
+        x are the positions that follow it.
         """
-        attended = self.attn(self.ln_1(x), read)
+        attended = self.attn(self.ln_1(x), read, past)
         x = (x if read is None else x[:, read]) + attended
         x = x + self.mlp(self.ln_2(x))
         return x

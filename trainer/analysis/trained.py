@@ -1,0 +1,112 @@
+"""Open what a run trained: from its directory, while it runs or after, or from an exported folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.manifest import TOKENIZER_NAME
+from data.tokenizer import Tokenizer, load_tokenizer
+from trainer.build import empty_student
+from trainer.checkpoint.io import load_newest_model
+from trainer.concepts.extractor import load_teacher
+from trainer.concepts.sae import TopKSae
+from trainer.concepts.sae_formats import check_fits, load_sae
+from trainer.config import RunConfig
+from trainer.config_io import load_config
+from trainer.model.formats import load_model
+from trainer.model.gpt2 import GPT2
+from trainer.publish import published_path
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedModel:
+    """A language model on the CPU, frozen and in evaluation."""
+
+    path: Path
+    """What was opened."""
+    source: str
+    """Where the weights come from, to be shown."""
+    model: GPT2
+    tokenizer: Tokenizer
+    config: RunConfig | None
+    """The run's; ``None`` for a model folder."""
+    step: int | None
+    """Optimizer steps behind the weights; ``None`` for a model folder."""
+
+
+def open_trained(path: Path, tokenizer: Path | None = None) -> TrainedModel:
+    """Open a run directory or a model folder.
+
+    A run that is published is read from ``RUN/model``, another one from its newest good checkpoint.
+
+    Args:
+        path: directory of a run, or folder with weights and config.json.
+        tokenizer: as for :func:`data.tokenizer.load_tokenizer`; by default the run's data folder or the
+            model folder itself has one.
+
+    Raises:
+        ValueError: it is the run of an autoencoder, has no weights yet, or its tokenizer does not fit.
+        OSError, DataError, CheckpointError: missing or damaged files.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(2, "no such run directory or model folder", str(path))
+    config = None
+    step: int | None = None
+    if is_run(path):
+        config = load_config(RunConfig, path / "config.yaml")
+        model, step, source = _open_run(path, config)
+    else:
+        model, source = load_model(path), str(path)
+    place = tokenizer or (path if config is None else Path(config.data.dir))
+    if tokenizer is None and not _has_tokenizer(place):
+        raise FileNotFoundError(2, f"no {TOKENIZER_NAME} there: give --tokenizer", str(place))
+    loaded = load_tokenizer(place)
+    if loaded.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{place}: a tokenizer of {loaded.vocab_size} tokens is not that of {path}, "
+            f"whose vocabulary has {model.config.vocab_size}"
+        )
+    return TrainedModel(path, source, model.requires_grad_(False).eval(), loaded, config, step)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run directory; a model folder may hold a config.yaml beside its config.json."""
+    return (path / "config.yaml").is_file() and not (path / "config.json").is_file()
+
+
+def _has_tokenizer(place: Path) -> bool:
+    return any((place / name).is_file() for name in (TOKENIZER_NAME, "vocab.json"))
+
+
+def _open_run(path: Path, config: RunConfig) -> tuple[GPT2, int, str]:
+    if config.objective.name == "sae":
+        raise ValueError(f"{path}: objective.name=sae trains no language model")
+    weights = path / "model" / published_path(config).name  # the run may have been moved since
+    if weights.is_file():
+        return load_model(weights.parent), config.train.steps, str(weights.parent)
+    with torch.device("meta"):
+        model = empty_student(config)
+    model.to_empty(device="cpu")
+    step = load_newest_model(path / "checkpoints", model.state_dict())
+    if step is None:
+        raise ValueError(f"{path}: has no weights yet, neither model/ nor a checkpoint")
+    return model, step, f"checkpoint of step {step} of {config.train.steps}"
+
+
+def open_teacher(trained: TrainedModel) -> tuple[GPT2, TopKSae, int]:
+    """Teacher, autoencoder and the layer between them, as the run's ``concepts`` section names them.
+
+    Raises:
+        ValueError: it is not the directory of a run with such a section, or the parts do not fit.
+        OSError: a path does not exist any more.
+    """
+    if trained.config is None or trained.config.concepts is None:
+        raise ValueError(f"{trained.path}: --teacher needs the directory of a run with a concepts section")
+    concepts = trained.config.concepts
+    teacher = load_teacher(concepts.teacher, concepts.sae_layer, key="concepts.sae_layer")
+    sae = load_sae(concepts.sae, layer=concepts.sae_layer)
+    check_fits(sae, teacher.config.d_model, concepts.num_concepts)
+    return teacher, sae, concepts.sae_layer
