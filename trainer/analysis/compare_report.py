@@ -12,6 +12,7 @@ from typing import Any
 
 from trainer.analysis.compare_budgets import Comparison
 from trainer.analysis.curves import Cost, Curve, Point
+from trainer.analysis.tables import markdown_table
 
 CAVEATS = (
     "Losses are read at the largest budget that all runs reached, linearly between validations and "
@@ -36,10 +37,10 @@ def to_markdown(comparison: Comparison) -> str:
     ]
     parts = [
         "Validation loss in nats per token (perplexity) at equal budgets",
-        _table(_budget_rows(comparison)),
+        markdown_table(_budget_rows(comparison)),
         f"Spent until the final loss of {comparison.names[0]} was reached, {comparison.target_loss:.4f} "
         f"(relative to {comparison.names[0]})",
-        _table(_cost_rows(comparison)),
+        markdown_table(_cost_rows(comparison)),
         "\n".join(f"- {line}" for line in (*unfinished, *CAVEATS)),
     ]
     return "\n\n".join(parts) + "\n"
@@ -106,17 +107,6 @@ def _cost_text(cost: Cost | None, baseline: Cost | None) -> str:
     bound = "at most " if cost.is_upper_bound else ""
     ratio = f" ({cost.value / baseline.value:.2f}x)" if baseline is not None and baseline.value else ""
     return f"{bound}{quantity(cost.value)}{ratio}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are also aligned as plain text; the first row is the head."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:

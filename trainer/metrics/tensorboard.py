@@ -58,10 +58,11 @@ class TensorBoard:
 
     Args:
         log_dir: ``tb/`` of the run directory.
-        purge_step: From this step on, points that a process which died has written are hidden.
+        purge_step: From this step on, points that a process which died has written are hidden;
+            ``None`` hides nothing.
     """
 
-    def __init__(self, log_dir: Path, purge_step: int) -> None:
+    def __init__(self, log_dir: Path, purge_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
         self._writer: Any = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step)
@@ -86,7 +87,15 @@ class TensorBoard:
         for key, tag in (("loss_ntp", "perplexity"), ("val_loss_ntp", "validation/perplexity")):
             if isinstance(values.get(key), float):
                 points[tag] = _perplexity(values[key])
+        self.tagged(step, points)
+
+    def tagged(self, step: int, points: Mapping[str, float]) -> None:
+        """Add a point per tag."""
         self._write(lambda writer: [writer.add_scalar(tag, value, step) for tag, value in points.items()])
+
+    def markdown(self, tag: str, text: str, step: int) -> None:
+        """Add a text that TensorBoard renders: a table of numbers and known names."""
+        self._write(lambda writer: writer.add_text(tag, text, step))
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Add a text as it stands; indented, because TensorBoard renders Markdown."""
