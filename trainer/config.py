@@ -241,6 +241,26 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TasksConfig:
+    """The ``tasks:`` section: downstream tasks of the lm-evaluation-harness during training."""
+
+    names: tuple[str, ...] = ()
+    """Tasks, groups and tags; none are evaluated when empty."""
+    every_steps: int = 0
+    """Steps between evaluations; 0 evaluates after the last step only."""
+    include_path: str = ""
+    """Folder with further tasks (YAML, which may run code of its own)."""
+    limit: int = 0
+    """Examples per task; 0 takes all."""
+    batch_tokens: int = 4096
+    """Positions per forward on one rank."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "every_steps", "limit")
+        _at_least(self, 1, "batch_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
     """The ``log:`` section."""
 
@@ -278,6 +298,7 @@ class RunConfig:
     sae: SaeConfig | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
@@ -305,6 +326,8 @@ class RunConfig:
             raise ValueError(
                 f"parallel.shard_sae=true does not fit objective.name={self.objective.name}: {reason}"
             )
+        if self.objective.name == "sae" and self.tasks.names:
+            raise ValueError("tasks.names must be empty with objective.name=sae: it trains no language model")
         if self.model is not None and self.data.seq_len > self.model.n_positions:
             raise ValueError(
                 f"data.seq_len={self.data.seq_len} must be at most model.n_positions={self.model.n_positions}"

@@ -15,7 +15,7 @@ from typing import IO, Literal
 
 from data.files import replace_text
 
-Phase = Literal["start", "step", "validation", "checkpoint", "samples", "publish", "leave"]
+Phase = Literal["start", "step", "validation", "checkpoint", "samples", "tasks", "publish", "leave"]
 Status = Literal["running", "stopped", "finished"]
 
 _INTERVAL_S = 0.5

@@ -7,6 +7,7 @@ import logging
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
@@ -16,6 +17,8 @@ from data.source import open_tokenizer
 from data.tokenizer import Tokenizer
 from parallel.collectives import Agreement, max_over_ranks, sum_over_ranks
 from trainer.analysis.sampling import Sampling, continue_tokens
+from trainer.analysis.task_report import store_tasks
+from trainer.analysis.training_tasks import evaluate_in_training
 from trainer.build import Parts
 from trainer.checkpoint.io import Checkpointer, SavedRun, SaveResult
 from trainer.checkpoint.policy import CheckpointPolicy
@@ -98,6 +101,8 @@ class Loop:
                 self.run_validation()
             if self.samples_due():
                 self.write_samples()
+            if self.tasks_due():
+                self.run_tasks()
             flags = self.agreement.exchange(*self.wishes())
             if flags.stop:
                 return self.leave()
@@ -198,6 +203,12 @@ class Loop:
         due = step == self.config.train.steps or (every > 0 and step % every == 0)
         return due and self.config.objective.name != "sae" and bool(self.config.log.sample_prompts)
 
+    def tasks_due(self) -> bool:
+        """Whether downstream tasks are to be evaluated after this step."""
+        every, step = self.config.tasks.every_steps, self.progress.step
+        due = step == self.config.train.steps or (every > 0 and step % every == 0)
+        return due and bool(self.config.tasks.names)
+
     def wishes(self) -> tuple[bool, bool]:
         """What this rank wants: (stop, save). Clocks differ, so rank 0 alone decides by time."""
         now = time.time()
@@ -248,6 +259,13 @@ class Loop:
             )
         texts = [tokenizer.decode(ids) for ids in continued]
         self.log.samples(self.progress.step, dict(zip(prompts, texts, strict=True)))
+
+    def run_tasks(self) -> None:
+        """Evaluate the configured tasks and store the results."""
+        with self.log.paused(), self.heartbeat.phase("tasks"):
+            results = evaluate_in_training(self.config, self.parts)
+            if results is not None and self.parts.world.is_main:
+                store_tasks(Path(self.config.run.dir), self.progress.step, results)
 
     def save(self, *, wait: bool) -> None:
         """Start a checkpoint of the weights after this step; with ``wait`` it is written on return."""

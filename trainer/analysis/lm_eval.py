@@ -9,25 +9,21 @@ EleutherAI's lm-evaluation-harness, their data come from the Hugging Face hub or
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from data.cli import run_cli
-from data.files import replace_text
 from parallel.world import choose_device
 from trainer.analysis.harness import INSTALL, TaskResults, run_tasks
 from trainer.analysis.sampling import Sampling, generate
 from trainer.analysis.scoring import Scorer
-from trainer.analysis.tables import markdown_table
+from trainer.analysis.task_report import store_tasks, to_markdown
 from trainer.analysis.trained import TrainedModel, is_run, open_trained
 from trainer.checkpoint.store import CheckpointError
-from trainer.metrics.tensorboard import TensorBoard
 from trainer.model.gpt2 import GPT2
 
 PAPER_TASKS = "lambada_openai,wikitext,hellaswag,piqa,social_iqa,arc_easy,winogrande"
@@ -58,47 +54,6 @@ def write_greedily(model: GPT2, eot_id: int, prompts: list[list[int]], new_token
     return [result.ids for result in results]
 
 
-def to_markdown(results: TaskResults) -> str:
-    """One row per task and metric, with standard errors and the number of examples."""
-    rows = [["task", "metric", "value", "standard error", "examples"]]
-    for task, metrics in results.metrics.items():
-        for name, value in metrics.items():
-            if name.endswith("_stderr"):
-                continue
-            error = metrics.get(f"{name}_stderr")
-            spread = "" if error is None else f"{error:.4f}"
-            rows.append([task, name, f"{value:.4f}", spread, str(results.num_examples.get(task, ""))])
-    return markdown_table(rows) + "\n"
-
-
-def task_scalars(results: TaskResults) -> dict[str, float]:
-    """Values by TensorBoard tag, standard errors left out."""
-    return {
-        f"tasks/{task}/{name}": value
-        for task, metrics in results.metrics.items()
-        for name, value in metrics.items()
-        if not name.endswith("_stderr")
-    }
-
-
-def store_tasks(run: Path, step: int, results: TaskResults) -> Path:
-    """Write JSON and table of the weights after ``step`` below ``RUN/evaluation``; returns the JSON."""
-    folder = run / "evaluation"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"tasks_{step:08d}.json"
-    replace_text(path.with_suffix(".md"), to_markdown(results))
-    replace_text(path, json.dumps({"step": step, **asdict(results)}, indent=2, sort_keys=True) + "\n")
-    return path
-
-
-def _show(run: Path, step: int, results: TaskResults) -> None:
-    """Curves and table, in a TensorBoard run of their own: the training's own file may be open."""
-    board = TensorBoard(run / "tb" / "evaluation", None)
-    board.tagged(step, task_scalars(results))
-    board.markdown("tasks", to_markdown(results), step)
-    board.close()
-
-
 def _main(args: argparse.Namespace) -> None:
     for name in ("batch_tokens", "limit"):
         value = getattr(args, name)
@@ -116,7 +71,6 @@ def _main(args: argparse.Namespace) -> None:
     if is_run(args.run):
         assert trained.step is not None
         print(f"written: {store_tasks(args.run, trained.step, results)}", file=sys.stderr)
-        _show(args.run, trained.step, results)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,9 +23,20 @@ _ABSENT = "(absent)"
 
 # A change of these keys resumes with a warning; every other key decides what is being trained.
 _SOFT_KEYS = frozenset(
-    {"train.steps", "train.microbatch_size", "run.dir", "run.device", "data.prefetch_steps"},
+    {
+        "train.steps",
+        "train.microbatch_size",
+        "run.dir",
+        "run.device",
+        # How shards are fetched: their hash is in the loader's own state.
+        "data.prefetch_steps",
+        "data.cache_dir",
+        "data.cache_gb",
+        "data.remote_timeout_s",
+        "data.remote_connections",
+    }
 )
-_SOFT_SECTIONS = frozenset({"parallel", "log", "checkpoint", "validation"})
+_SOFT_SECTIONS = frozenset({"parallel", "log", "checkpoint", "validation", "tasks"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,9 @@ from trainer.analysis.lm_eval import main, write_greedily
 from trainer.analysis.scoring import Request, Score, Scorer, token_statistics
 from trainer.analysis.trained import TrainedModel, open_trained
 from trainer.build import build_parts
+from trainer.main import train
+from trainer.metrics.json_lines import read_json_lines
+from trainer.stop import StopRequest
 
 REST = " the cat sat on a mat and saw a dog run over the hills and far away"
 EXAMPLES = [
@@ -294,3 +297,33 @@ def test_limit_and_examples_in_the_prompt(ntp_run: Path, tasks: Path) -> None:
     assert results is not None
     assert results.num_examples == {"tiny_word": 2}
     assert len(asked) == 2
+
+
+@pytest.mark.dist
+def test_tasks_in_training(tiny_world: Path, tasks: Path, tmp_path: Path) -> None:
+    """Catches an evaluation that changes the training, and values that are not those of the weights."""
+    names = {"tasks__names": tuple(TASKS), "tasks__every_steps": 6, "tasks__include_path": str(tasks)}
+    layout = {"parallel__dp_shard": 2}
+    plain = tiny_config(tiny_world, tmp_path / "plain", **layout)
+    evaluated = tiny_config(tiny_world, tmp_path / "evaluated", **layout, **names)
+    for config in (plain, evaluated):
+        run_ranks(lambda world, config=config: train(config, world, StopRequest()), 2)
+    values = [
+        [
+            (record["loss_ntp"], record.get("val_loss_ntp"))
+            for record in read_json_lines(path / "metrics.jsonl")
+        ]
+        for path in (tmp_path / "plain", tmp_path / "evaluated")
+    ]
+    assert values[0] == values[1]
+    folder = tmp_path / "evaluated" / "evaluation"
+    assert [path.name for path in sorted(folder.glob("*.json"))] == [
+        "tasks_00000006.json",
+        "tasks_00000012.json",
+    ]
+    in_training = json.loads((folder / "tasks_00000012.json").read_text())["metrics"]
+    assert main([str(tmp_path / "evaluated"), "--tasks", ",".join(TASKS), "--include_path", str(tasks)]) == 0
+    after = json.loads((folder / "tasks_00000012.json").read_text())["metrics"]
+    for task, metrics in in_training.items():
+        for name, value in metrics.items():
+            assert after[task][name] == pytest.approx(value, rel=1e-4), (task, name)
