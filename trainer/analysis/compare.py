@@ -1,7 +1,8 @@
 """``python -m trainer.analysis.compare RUN_A RUN_B ... [--out DIR]``: runs at equal cost, as measured.
 
 RUN_A is the baseline. Losses are compared three ways, at equal tokens, equal model FLOPs and equal
-seconds of training, because fewer tokens need not mean less compute. With ``--out`` the folder gets
+seconds of training, because fewer tokens need not mean less compute. Runs that differ by their seeds
+alone are also shown as one, with confidence intervals. With ``--out`` the folder gets
 ``comparison.md``, ``comparison.json``, ``curves.csv`` and ``curves.png``.
 """
 
@@ -21,6 +22,7 @@ from data.manifest import MANIFEST_NAME, read_manifest
 from trainer.analysis.compare_budgets import Comparison, Run, compare
 from trainer.analysis.compare_plot import check_plot_installed, write_plot
 from trainer.analysis.compare_report import to_csv, to_json, to_markdown
+from trainer.analysis.compare_seeds import Setting, group_by_seed
 from trainer.analysis.curves import read_curve
 from trainer.config import RunConfig
 from trainer.config_io import load_config
@@ -37,8 +39,8 @@ class Validated(NamedTuple):
     share: float
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run directories whose losses can be compared.
+def read_runs(folders: Sequence[Path]) -> list[Setting]:
+    """Read run directories whose losses can be compared, seeds of one setting together.
 
     Raises:
         ValueError: a folder is no run of a language model, given twice, or validated on other data.
@@ -50,7 +52,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     names = _names(folders)
     configs = [load_config(RunConfig, _existing(folder / "config.yaml")) for folder in folders]
     _check_same_validation(names, [_validated(config) for config in configs])
-    return [_read_run(*item) for item in zip(names, folders, configs, strict=True)]
+    runs = [_read_run(*item) for item in zip(names, folders, configs, strict=True)]
+    return group_by_seed(configs, runs)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -105,23 +108,24 @@ def _read_run(name: str, folder: Path, config: RunConfig) -> Run:
     return Run(curve, parameters, curve.final.flops / curve.final.tokens, config.train.steps)
 
 
-def write_comparison(out: Path, comparison: Comparison) -> None:
+def write_comparison(out: Path, comparison: Comparison, settings: Sequence[Setting]) -> None:
     """Write the four files; each appears whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
     curves = [run.curve for run in comparison.runs]
-    write_plot(out / "curves.png", curves)
+    write_plot(out / "curves.png", settings)
     replace_text(out / "curves.csv", to_csv(curves))
-    replace_text(out / "comparison.json", json.dumps(to_json(comparison), indent=2) + "\n")
-    replace_text(out / "comparison.md", to_markdown(comparison))
+    replace_text(out / "comparison.json", json.dumps(to_json(comparison, settings), indent=2) + "\n")
+    replace_text(out / "comparison.md", to_markdown(comparison, settings))
 
 
 def _main(args: argparse.Namespace) -> None:
     if args.out is not None:
         check_plot_installed()
-    comparison = compare(read_runs(args.runs))
-    print(to_markdown(comparison), end="")
+    settings = read_runs(args.runs)
+    comparison = compare([run for setting in settings for run in setting.runs])
+    print(to_markdown(comparison, settings), end="")
     if args.out is not None:
-        write_comparison(args.out, comparison)
+        write_comparison(args.out, comparison, settings)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,11 +6,12 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, fields
+from dataclasses import asdict, astuple, fields
 from types import MappingProxyType
 from typing import Any
 
 from trainer.analysis.compare_budgets import Comparison
+from trainer.analysis.compare_seeds import Estimate, OverSeeds, Setting, over_seeds
 from trainer.analysis.curves import Cost, Curve, Point
 from trainer.analysis.tables import markdown_table
 
@@ -22,14 +23,19 @@ CAVEATS = (
     "FLOPs are the model's, with a teacher and an autoencoder that run on the fly but not what it took to "
     "train those two. Seconds are those of training steps on the machine that ran them, without validation "
     "and checkpoints.",
-    "One run each: the spread over seeds is not known, so a small difference may be chance.",
+)
+SINGLE_RUNS = "One run each: the spread over seeds is not known, so a small difference may be chance."
+INTERVALS = (
+    "Plus or minus is half of the 95% confidence interval over seeds: Student's t for means, Welch's for "
+    "differences. A difference whose interval holds 0 may be chance."
 )
 
 _HEADS = MappingProxyType({"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"})
 
 
-def to_markdown(comparison: Comparison) -> str:
-    """Both tables, what each column says, and the caveats."""
+def to_markdown(comparison: Comparison, settings: Sequence[Setting] = ()) -> str:
+    """Both tables, what each column says, and the caveats; with several seeds of a setting a third table."""
+    seeds = over_seeds(settings) if any(len(setting.runs) > 1 for setting in settings) else ()
     unfinished = [
         f"{run.curve.name} is unfinished: validated up to step {run.curve.final.step} of {run.planned_steps}."
         for run in comparison.runs
@@ -41,8 +47,11 @@ def to_markdown(comparison: Comparison) -> str:
         f"Spent until the final loss of {comparison.names[0]} was reached, {comparison.target_loss:.4f} "
         f"(relative to {comparison.names[0]})",
         markdown_table(_cost_rows(comparison)),
-        "\n".join(f"- {line}" for line in (*unfinished, *CAVEATS)),
     ]
+    caveats = [*unfinished, *CAVEATS, INTERVALS if seeds else SINGLE_RUNS]
+    if seeds:
+        parts += ["Over seeds, relative to " + settings[0].name, markdown_table(_seed_rows(settings, seeds))]
+    parts.append("\n".join(f"- {line}" for line in caveats))
     return "\n\n".join(parts) + "\n"
 
 
@@ -63,6 +72,31 @@ def _cost_rows(comparison: Comparison) -> list[list[str]]:
         rows.append([name, *(_cost_text(item.costs[index], item.costs[0]) for item in comparison.to_loss)])
     best = [winner(comparison.names, [_value(cost) for cost in item.costs]) for item in comparison.to_loss]
     return [*rows, ["**least spent**", *best]]
+
+
+def _seed_rows(settings: Sequence[Setting], seeds: Sequence[OverSeeds]) -> list[list[str]]:
+    head = ["setting", "seeds"]
+    for item in seeds:
+        name = _HEADS[item.axis]
+        head += [f"loss at {quantity(item.budget)} {name}", "difference", f"{name} to its final loss"]
+    rows = [head]
+    for index, setting in enumerate(settings):
+        row = [setting.name, str(len(setting.runs))]
+        for item in seeds:
+            row += [
+                _estimate_text(item.losses[index], "not validated so early"),
+                _estimate_text(item.differences[index], "-") if index else "",
+                _estimate_text(item.costs[index], "not reached", digits=2, unit="x"),
+            ]
+        rows.append(row)
+    return rows
+
+
+def _estimate_text(value: Estimate | None, missing: str, digits: int = 4, unit: str = "") -> str:
+    if value is None:
+        return missing
+    spread = "" if value.half_width is None else f" ± {value.half_width:.{digits}f}"
+    return f"{value.mean:.{digits}f}{spread}{unit}"
 
 
 def winner(names: Sequence[str], values: Sequence[float | None]) -> str:
@@ -109,10 +143,10 @@ def _cost_text(cost: Cost | None, baseline: Cost | None) -> str:
     return f"{bound}{quantity(cost.value)}{ratio}"
 
 
-def to_json(comparison: Comparison) -> dict[str, Any]:
+def to_json(comparison: Comparison, settings: Sequence[Setting] = ()) -> dict[str, Any]:
     """Everything in the tables as numbers; None is ``null``."""
     names = comparison.names
-    return {
+    body: dict[str, Any] = {
         "baseline": names[0],
         "target_loss": comparison.target_loss,
         "runs": {
@@ -142,6 +176,10 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         },
         "caveats": list(CAVEATS),
     }
+    if settings:
+        body["settings"] = {setting.name: [run.curve.name for run in setting.runs] for setting in settings}
+        body["over_seeds"] = [asdict(item) for item in over_seeds(settings)]
+    return body
 
 
 def to_csv(curves: Sequence[Curve]) -> str:
