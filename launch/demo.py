@@ -15,90 +15,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import torch
 
 from data.cli import EXIT_INTERRUPTED, run_cli
 from data.manifest import MANIFEST_NAME
-from data.progress import format_duration
 from data.source import open_tokenizer
-from launch.processes import adopt_orphans, kill_descendants, signal_at_parent_death
+from launch.stages import Runner, Spent, Stage, StageError, run_stages, training_stage
 from trainer.analysis.curves import read_curve
 from trainer.analysis.sampling import Sampling, continue_tokens
-from trainer.checkpoint.state import compare_configs
-from trainer.concepts.train_sae import REPORT_NAME
-from trainer.config import RunConfig
-from trainer.config_io import load_config, to_dict
 from trainer.metrics.json_lines import read_json_lines
 from trainer.model.formats import load_model
-from trainer.publish import published_path
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 DEFAULT_OUT = Path("runs/demo")
 VOCAB_SIZE = 4096
 VAL_FRACTION = 0.02
-STOP_TIMEOUT_S = 120
-"""What a stage may take to save when it is told to stop; then it is killed."""
-TORCHRUN_STOP_TIMEOUT_S = 90
-"""The same for the ranks below torchrun, which has to end before it is killed itself."""
-LIBRARY_THREADS = "OMP_NUM_THREADS"
-
-
-class StageError(RuntimeError):
-    """A stage that failed, or whose folder holds something else; the text is one line."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One command of the demo."""
-
-    name: str
-    title: str
-    command: tuple[str, ...]
-    """Arguments after ``python``."""
-    product: Path
-    """File that the command writes last: where it exists, the stage is finished."""
-    inputs: tuple[Path, ...] = ()
-    """Products of earlier stages that this one reads."""
-    config: RunConfig | None = None
-    """What a training stage trains."""
-    ranks: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """What a stage took, seconds."""
-
-    wall: float
-    cpu: float
-    """Of all its processes."""
-
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(self.wall + other.wall, self.cpu + other.cpu)
-
-    def __sub__(self, other: Spent) -> Spent:
-        return Spent(self.wall - other.wall, self.cpu - other.cpu)
-
-    def __str__(self) -> str:
-        return f"{format_duration(self.wall)} (CPU {format_duration(self.cpu)})"
-
-    @classmethod
-    def now(cls) -> Spent:
-        """Clock and CPU time of the processes that have ended below this one."""
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return cls(time.monotonic(), usage.ru_utime + usage.ru_stime)
 
 
 # What is run
@@ -115,35 +49,55 @@ def plan(out: Path, processes: int, extra: Sequence[str] = ()) -> list[Stage]:
     Raises:
         ConfigError: an override does not fit.
     """
-    teacher_model, sae_file = out / "teacher" / "model", out / "sae" / "model" / "sae.pt"
-    concepts = [f"--concepts.teacher={teacher_model}", f"--concepts.sae={sae_file}"]
-    train = partial(_training, out, extra=extra)
-    tokens = _tokens(out / "data")
-    teacher = train("teacher", "demo_teacher", "the teacher, a small GPT-2", inputs=(tokens,))
-    sae = train(
-        "sae",
-        "demo_sae",
-        "a sparse autoencoder of the teacher's residuals, the concepts",
-        module="trainer.concepts.train_sae",
-        paths=[f"--sae.teacher={teacher_model}"],
-        inputs=(tokens, teacher),
-    )
-    cocomix = train(
-        "cocomix",
+    tokens, teacher, sae = base = foundation(out, extra)
+    cocomix = training_stage(
+        out / "cocomix",
         "demo",
         "the CoCoMix student",
-        paths=concepts,
-        inputs=(tokens, teacher, sae),
+        overrides=(*extra, *placed(out)),
+        inputs=base,
         ranks=processes,
     )
-    ntp = train(
-        "ntp",
+    ntp = training_stage(
+        out / "ntp",
         "demo_ntp",
         "the next-token student: as many parameters, the same tokens",
+        overrides=(*extra, f"--data.dir={out / 'data'}"),
         inputs=(tokens,),
         ranks=processes,
     )
     return [tokens, teacher, sae, cocomix, ntp, _comparison(out, ntp, cocomix)]
+
+
+def foundation(out: Path, extra: Sequence[str] = ()) -> tuple[Stage, Stage, Stage]:
+    """Tokens, teacher and autoencoder below ``out``; raises as :func:`plan`."""
+    tokens = _tokens(out / "data")
+    data = f"--data.dir={out / 'data'}"
+    teacher = training_stage(
+        out / "teacher",
+        "demo_teacher",
+        "the teacher, a small GPT-2",
+        overrides=(*extra, data),
+        inputs=(tokens,),
+    )
+    sae = training_stage(
+        out / "sae",
+        "demo_sae",
+        "a sparse autoencoder of the teacher's residuals, the concepts",
+        module="trainer.concepts.train_sae",
+        overrides=(*extra, data, f"--sae.teacher={out / 'teacher' / 'model'}"),
+        inputs=(tokens, teacher),
+    )
+    return tokens, teacher, sae
+
+
+def placed(out: Path) -> tuple[str, ...]:
+    """Overrides that lead a student with concepts to what :func:`foundation` made below ``out``."""
+    return (
+        f"--data.dir={out / 'data'}",
+        f"--concepts.teacher={out / 'teacher' / 'model'}",
+        f"--concepts.sae={out / 'sae' / 'model' / 'sae.pt'}",
+    )
 
 
 def _tokens(folder: Path) -> Stage:
@@ -152,181 +106,13 @@ def _tokens(folder: Path) -> Stage:
     return Stage("data", "the standard library's text as tokens", command, folder / MANIFEST_NAME)
 
 
-def _training(
-    out: Path,
-    name: str,
-    config_name: str,
-    title: str,
-    *,
-    extra: Sequence[str],
-    inputs: Sequence[Stage],
-    module: str = "trainer.main",
-    paths: Sequence[str] = (),
-    ranks: int = 1,
-) -> Stage:
-    path = CONFIGS / f"{config_name}.yaml"
-    overrides = [*extra, f"--run.dir={out / name}", f"--data.dir={out / 'data'}", *paths]
-    config = load_config(RunConfig, path, overrides)
-    if load_config(RunConfig, path, extra) == config:  # the file says so already: the command stays short
-        overrides = list(extra)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
-    command = (*(torchrun if ranks > 1 else ()), "-m", module, "--config", _shown(path), *overrides)
-    published = published_path(config)
-    product = published.with_name(REPORT_NAME) if config.objective.name == "sae" else published
-    return Stage(name, title, command, product, tuple(stage.product for stage in inputs), config, ranks)
-
-
 def _comparison(out: Path, baseline: Stage, student: Stage) -> Stage:
     folder = out / "comparison"
     runs = [str(out / stage.name) for stage in (baseline, student)]
     command = ("-m", "trainer.analysis.compare", *runs, "--out", str(folder))
     inputs = (baseline.product, student.product)
-    return Stage("comparison", "both students side by side", command, folder / "comparison.md", inputs)
-
-
-def _shown(path: Path) -> str:
-    """A path as short as it can be typed here."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def is_finished(stage: Stage) -> bool:
-    """Whether a stage need not run.
-
-    Raises:
-        StageError: a finished training run has another configuration, or is older than what it was
-            made from; only its owner can say whether it may go.
-    """
-    if not stage.product.exists():
-        return False
-    newer = [path for path in stage.inputs if path.stat().st_mtime_ns > stage.product.stat().st_mtime_ns]
-    if stage.config is None:
-        return not newer
-    run_dir = Path(stage.config.run.dir)
-    advice = f"remove {run_dir} to train it anew, or choose another --out"
-    if newer:
-        raise StageError(f"{run_dir}: was made before {newer[0]}; {advice}")
-    hard, soft = compare_configs(
-        to_dict(load_config(RunConfig, run_dir / "config.yaml")), to_dict(stage.config)
-    )
-    for difference in (*hard, *(item for item in soft if item.key == "train.steps")):
-        raise StageError(
-            f"{run_dir}: is finished with {difference.key}={difference.old}, not {difference.new}; {advice}"
-        )
-    return True
-
-
-# How it is run
-
-
-class Runner:
-    """Runs one command at a time and passes the first signal to stop on to it; a context manager.
-
-    The command gets a session of its own: a terminal's Ctrl-C reaches this process alone, which tells
-    the command once. (A second SIGINT would make torchrun drop its ranks while they save.)
-    """
-
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._stopped_at: float | None = None
-        self._old: dict[signal.Signals, object] = {}
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a signal arrived."""
-        return self._stopped_at is not None
-
-    def __enter__(self) -> Runner:
-        adopt_orphans()
-        for number in self._SIGNALS:
-            self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped:
-            # Not print: a handler may interrupt a print that holds the buffer.
-            os.write(2, b"\nstill saving, please wait\n")
-            return
-        self._stopped_at = time.monotonic()
-        if self._process is None:
-            raise KeyboardInterrupt
-        self._process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-
-    def run(self, command: Sequence[str], environment: dict[str, str], *, quiet: bool) -> int:
-        """Run ``python`` with these arguments; returns its exit code with nothing left of it."""
-        try:
-            # A signal between the start and the assignment must find the process.
-            signal.pthread_sigmask(signal.SIG_BLOCK, self._SIGNALS)
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, *command],
-                    env=environment,
-                    stdout=subprocess.DEVNULL if quiet else None,
-                    start_new_session=True,
-                    preexec_fn=self._prepare_child,
-                )
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
-            return self._wait(self._process)
-        finally:
-            self._process = None
-            kill_descendants(os.getpid())
-
-    def _prepare_child(self) -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
-        # Should this process be killed outright, the stage saves and ends too.
-        signal_at_parent_death(signal.SIGTERM)
-
-    def _wait(self, process: subprocess.Popen[bytes]) -> int:
-        while True:
-            try:
-                return process.wait(timeout=1.0)
-            except subprocess.TimeoutExpired:
-                if self._stopped_at is not None and time.monotonic() > self._stopped_at + STOP_TIMEOUT_S:
-                    process.kill()
-
-
-def _environment(ranks: int) -> dict[str, str]:
-    """Environment of a stage whose ranks share the cores; a number of threads that is set stays."""
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    defaults = {
-        LIBRARY_THREADS: str(threads),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(TORCHRUN_STOP_TIMEOUT_S),
-        "PYTHONUNBUFFERED": "1",
-    }
-    return defaults | dict(os.environ)
-
-
-def run_stages(stages: Sequence[Stage], runner: Runner, *, debug: bool = False) -> dict[str, Spent]:
-    """Run what is not finished; returns what each stage that ran took.
-
-    Raises:
-        StageError: a stage failed.
-        KeyboardInterrupt: told to stop, and everything has stopped.
-    """
-    spent: dict[str, Spent] = {}
-    for number, stage in enumerate(stages, start=1):
-        label = f"[{number}/{len(stages)}] {stage.name}:"
-        if is_finished(stage):
-            print(f"{label} finished before, {stage.product}", flush=True)
-            continue
-        command = (*stage.command, *(["--debug"] if debug else []))
-        print(f"\n{label} {stage.title}\n$ python {shlex.join(command)}", flush=True)
-        start = Spent.now()
-        # The table of the comparison stands in the summary.
-        code = runner.run(command, _environment(stage.ranks), quiet=stage.name == "comparison")
-        spent[stage.name] = Spent.now() - start
-        if runner.stopped:
-            raise KeyboardInterrupt
-        if code != 0 or not stage.product.exists():
-            raise StageError(f"stage {stage.name} failed with exit code {code}, see its output above")
-        print(f"{label} done in {spent[stage.name]}", flush=True)
-    return spent
+    title = "both students side by side"
+    return Stage("comparison", title, command, folder / "comparison.md", inputs, quiet=True)
 
 
 # What is shown at the end

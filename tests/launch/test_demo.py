@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from launch.demo import DEFAULT_OUT, Stage, StageError, is_finished, main, plan
+from launch.demo import DEFAULT_OUT, main, plan
 from launch.processes import descendants, is_alive
+from launch.stages import Stage, StageError, is_finished
 from trainer.config import RunConfig
 from trainer.config_io import dump_config
 from trainer.metrics.json_lines import read_json_lines
@@ -131,7 +132,7 @@ def test_refuses_bad_arguments(
 # Where the runner is used alone, in a process of its own because it adopts and kills what is below it.
 RUNNER = """
 import os, sys
-from launch.demo import Runner
+from launch.stages import Runner
 with Runner() as runner:
     code = runner.run(["-c", sys.argv[1]], dict(os.environ), quiet=False)
 print("returned", code, runner.stopped, flush=True)
