@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,34 @@ def replace_bytes(path: Path, content: bytes) -> None:
 def replace_text(path: Path, text: str) -> None:
     """:func:`replace_file` with UTF-8 text."""
     replace_bytes(path, text.encode())
+
+
+def make_folder(path: Path, fill: Callable[[Path], object]) -> None:
+    """Make a folder that appears with all its files or not at all, durably.
+
+    Args:
+        path: the folder to appear.
+        fill: receives an empty hidden folder beside it and writes the files, without subfolders.
+
+    Raises:
+        FileExistsError: there is something at ``path``; it stays as it is.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(17, "exists already, choose another place or remove it", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    try:
+        temporary.mkdir()
+        fill(temporary)
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -53,6 +54,7 @@ _TOP = {
 _TRANSPOSED = re.compile(r"(attn\.(qkv|proj)|mlp\.(fc|proj))\.weight$|^mixer\.compress_weight$")
 _MASK_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")
 _CONCEPT_KEYS = ("num_concepts", "top_k", "insert_layer")
+_AUTHORS_KEYS = {"num_concepts": "concept_dim", "top_k": "concept_num", "insert_layer": "insert_layer_index"}
 
 
 def hf_name(name: str) -> str:
@@ -265,22 +267,62 @@ def load_weights(model: GPT2, tensors: Mapping[str, Tensor], source: str) -> Non
 
 
 def load_model(path: str | Path) -> GPT2:
-    """A GPT-2, or a CoCoMix where config.json has a ``cocomix`` part, on the CPU in its stored dtype."""
+    """A GPT-2, or a CoCoMix where the folder has concepts, on the CPU in its stored dtype."""
     folder = open_model(path)
     config = model_config(folder)
-    concepts = folder.config.get("cocomix")
+    tensors = folder.tensors()
+    concepts = _concepts(folder, tensors)
     with torch.device("meta"):
-        model = GPT2(config) if concepts is None else CoCoMix(config, _concepts(concepts, folder.config_path))
-    load_weights(model, folder.tensors(), str(folder.weights[0]))
+        model = GPT2(config) if concepts is None else CoCoMix(config, concepts)
+    load_weights(model, tensors, str(folder.weights[0]))
     return model.requires_grad_(False).eval()
 
 
-def _concepts(stored: Mapping[str, Any], path: Path) -> ConceptsConfig:
-    for key in _CONCEPT_KEYS:
+def _concepts(folder: ModelFolder, tensors: Mapping[str, Tensor]) -> ConceptsConfig | None:
+    """Sizes of the concept path; ``None`` for a plain GPT-2."""
+    stored, prefix, path = folder.config.get("cocomix"), "cocomix.", folder.config_path
+    names = dict(zip(_CONCEPT_KEYS, _CONCEPT_KEYS, strict=True))
+    if stored is None and any(name.endswith("concept_predictor.weight") for name in tensors):
+        names, prefix = _AUTHORS_KEYS, ""
+        # The authors' training writes config.yaml once, above the folders of the checkpoints.
+        beside, above = (place / "config.yaml" for place in (path.parent, path.parent.parent))
+        path = beside if beside.is_file() else above
+        stored = _read_settings(path)
+    if stored is None:
+        return None
+    for key in names.values():
         if not isinstance(stored.get(key), int):
-            raise ValueError(f"{path}: cocomix.{key} is missing or not an integer")
-    # Teacher and SAE made the targets; a trained student does not need them.
-    return ConceptsConfig(teacher="", sae="", sae_layer=0, **{key: stored[key] for key in _CONCEPT_KEYS})
+            raise ValueError(f"{path}: {prefix}{key} is missing or not an integer")
+    return student_concepts(**{ours: stored[theirs] for ours, theirs in names.items()})
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(2, "no such file: it must hold concept_dim, concept_num and more", str(path))
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def student_concepts(num_concepts: int, top_k: int, insert_layer: int) -> ConceptsConfig:
+    """The concept path of a trained student; teacher and autoencoder, which made its targets, are gone."""
+    return ConceptsConfig(
+        teacher="", sae="", sae_layer=0, num_concepts=num_concepts, top_k=top_k, insert_layer=insert_layer
+    )
+
+
+def concepts_of(model: GPT2) -> ConceptsConfig | None:
+    """The concept path of a model, ``None`` for a plain GPT-2."""
+    if not isinstance(model, CoCoMix):
+        return None
+    return student_concepts(model.mixer.num_concepts, model.mixer.top_k, model.insert_layer)
+
+
+def authors_settings(concepts: ConceptsConfig) -> dict[str, int]:
+    """What the authors' loader reads from config.yaml."""
+    return {theirs: getattr(concepts, ours) for ours, theirs in _AUTHORS_KEYS.items()}
 
 
 def published_config(config: ModelConfig, concepts: ConceptsConfig | None) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_a_steered_student_is_the_definition_at_every_step(mode: SteerMode) -> N
         {often[0]: 10.0, often[1]: -3.0},
     ]
     edit = SteerKept(Strengths.of(rows, mode, CPU))
-    decoder = Decoder(model, len(IDS), edit_kept=edit)
+    decoder = Decoder(model, len(IDS) + 1, edit_kept=edit)
     prompts = [IDS[:4], IDS[:2], IDS[:4]]
     logits = decoder.start(prompts)
     seen = [list(prompt) for prompt in prompts]
@@ -102,6 +102,12 @@ def test_a_steered_student_is_the_definition_at_every_step(mode: SteerMode) -> N
         if token is not None:
             logits = decoder.extend(torch.full((3, 1), token))
             seen = [[*ids, token] for ids in seen]
+    chosen = [2, 0, 2, 1]
+    decoder.select(torch.tensor(chosen))
+    logits = decoder.extend(torch.full((4, 1), 7))
+    for row, source in enumerate(chosen):
+        expected = student_oracle(model, [*seen[source], 7], rows[source], mode)
+        torch.testing.assert_close(logits[row], expected, atol=3e-5, rtol=0)
 
 
 @pytest.mark.parametrize("mode", ["scale", "set"])
