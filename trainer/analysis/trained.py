@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from data.manifest import TOKENIZER_NAME
+from data.source import open_tokenizer
 from data.tokenizer import Tokenizer, load_tokenizer
 from trainer.build import empty_student
 from trainer.checkpoint.io import load_newest_model
@@ -60,16 +61,22 @@ def open_trained(path: Path, tokenizer: Path | None = None) -> TrainedModel:
         model, step, source = _open_run(path, config)
     else:
         model, source = load_model(path), str(path)
-    place = tokenizer or (path if config is None else Path(config.data.dir))
-    if tokenizer is None and not _has_tokenizer(place):
-        raise FileNotFoundError(2, f"no {TOKENIZER_NAME} there: give --tokenizer", str(place))
-    loaded = load_tokenizer(place)
+    loaded = _tokenizer(path, config, tokenizer)
     if loaded.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"{place}: a tokenizer of {loaded.vocab_size} tokens is not that of {path}, "
-            f"whose vocabulary has {model.config.vocab_size}"
+            f"{path}: its vocabulary has {model.config.vocab_size} tokens, so a tokenizer of "
+            f"{loaded.vocab_size} is not its own"
         )
     return TrainedModel(path, source, model.requires_grad_(False).eval(), loaded, config, step)
+
+
+def _tokenizer(path: Path, config: RunConfig | None, given: Path | None) -> Tokenizer:
+    if given is None and config is not None and config.data.is_remote:
+        return open_tokenizer(config.data)
+    place = given or (path if config is None else Path(config.data.dir))
+    if given is None and not _has_tokenizer(place):
+        raise FileNotFoundError(2, f"no {TOKENIZER_NAME} there: give --tokenizer", str(place))
+    return load_tokenizer(place)
 
 
 def is_run(path: Path) -> bool:
