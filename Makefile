@@ -8,13 +8,14 @@ SOURCES := data parallel trainer launch benchmarks
 LOGDIR ?= runs
 KILLS ?= 100
 FAULTS ?=
+SWEEP ?= configs/sweeps/demo.yaml
 TEST_ARGS ?=
 
 # Ranks share few cores in tests: one thread per process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-runs test-parts test-slurm faults test-fast check format verify tensorboard clean
+.PHONY: help setup demo sweep test test-runs test-parts test-slurm faults test-fast check format verify tensorboard clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +32,9 @@ $(STAMP): pyproject.toml
 
 demo: setup  ## train teacher, SAE and two students from the standard library's text into runs/demo/
 	$(BIN)/python -m launch.demo
+
+sweep: setup  ## train objectives x seeds on the demo's data into runs/sweep/ (SWEEP=configs/sweeps/demo.yaml)
+	$(BIN)/python -m launch.sweep $(SWEEP)
 
 test: setup  ## run every test but those that start a SLURM cluster
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-runs test-parts
