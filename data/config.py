@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def is_remote(place: str) -> bool:
+    """Whether a place is a URL and not a path."""
+    return "://" in place
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     """The ``data:`` section: which shards are read and in which order."""
@@ -43,7 +48,7 @@ class DataConfig:
     @property
     def is_remote(self) -> bool:
         """Whether ``dir`` is a URL."""
-        return "://" in self.dir
+        return is_remote(self.dir)
 
     def __post_init__(self) -> None:
         if self.is_remote and any(mark in self.dir for mark in "@?#"):

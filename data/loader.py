@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import weakref
@@ -13,10 +14,11 @@ import torch
 
 from data.batch import Batch
 from data.config import DataConfig
+from data.label_cache import LabelCache
 from data.manifest import DataError
 from data.order import WindowOrder
 from data.source import open_source, windows_per_chunk
-from data.stream import read_windows
+from data.stream import Windows, read_windows
 
 STATE_VERSION = 1
 VALIDATION_KEEP_STEPS = 2
@@ -33,6 +35,7 @@ class TokenLoader:
         rank: int,
         world_size: int,
         pin_memory: bool = False,
+        labels: LabelCache | None = None,
     ):
         """Open the ``train`` split.
 
@@ -41,6 +44,7 @@ class TokenLoader:
             rows_per_step: sequences per optimizer step, over all ranks.
             rank, world_size: the data-parallel ones.
             pin_memory: return page-locked memory, for asynchronous copies to a CUDA device.
+            labels: stored targets of these shards, which then are part of the batches.
 
         Raises:
             ValueError: the ranks do not divide the rows.
@@ -53,6 +57,7 @@ class TokenLoader:
             )
         self._config, self._source = config, open_source(config)
         self._rows_per_step, self._rank, self._world_size = rows_per_step, rank, world_size
+        self._labels = labels
         self._order = WindowOrder(
             windows_per_chunk(self._source.manifest, "train", config.seq_len),
             seed=config.seed,
@@ -70,7 +75,8 @@ class TokenLoader:
         """Return this rank's rows of the next optimizer step.
 
         Returns:
-            tokens (rows_per_step // world_size, seq_len + 1) uint16, or int32 for uint32 shards; all count.
+            tokens (rows_per_step // world_size, seq_len + 1) uint16, or int32 for uint32 shards, and with
+            labels their targets; all rows count.
 
         Raises:
             DataError: a damaged shard.
@@ -80,9 +86,9 @@ class TokenLoader:
                 self._read(self._next_row), self._config.prefetch_steps, self._pin_device
             )
             self._finalizer = weakref.finalize(self, self._batches.close)
-        tokens = next(self._batches)
+        batch = next(self._batches)
         self._next_row = after_skips(self._next_row, self._config.skip) + self._rows_per_step
-        return Batch(tokens, len(tokens))
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the next row and what fixes the order; JSON-able, of constant size.
@@ -120,7 +126,7 @@ class TokenLoader:
             "seq_len": self._config.seq_len,
         }
 
-    def _read(self, first_row: int) -> Iterator[torch.Tensor]:
+    def _read(self, first_row: int) -> Iterator[Batch]:
         # The arguments are bound here: the reading thread must not keep the loader alive.
         order, rows, rank, world_size = self._order, self._rows_per_step, self._rank, self._world_size
         skip = self._config.skip
@@ -133,12 +139,20 @@ class TokenLoader:
                 row += rows
 
         keep_steps = 1 + -(-order.lanes // rows)  # after so many steps every lane had its turn
-        arrays = read_windows(*self._source, "train", self._config.seq_len, steps(), keep_steps)
-        return map(_to_tensor, arrays)
+        windows = read_windows(
+            *self._source, "train", self._config.seq_len, steps(), keep_steps, self._labels
+        )
+        return map(_to_batch, windows, itertools.repeat(rows // world_size))
 
 
 def validation_batches(
-    config: DataConfig, *, share: float, rows: int, rank: int, world_size: int
+    config: DataConfig,
+    *,
+    share: float,
+    rows: int,
+    rank: int,
+    world_size: int,
+    labels: LabelCache | None = None,
 ) -> Iterator[Batch]:
     """Return the first ``share`` of the validation windows, in the order of the corpus.
 
@@ -148,6 +162,7 @@ def validation_batches(
         share: part of the windows, in (0, 1]; at least one window.
         rows: sequences per batch of one rank.
         rank, world_size: the data-parallel ones.
+        labels: as for :class:`TokenLoader`.
 
     Yields:
         tokens (rows, seq_len + 1) as in training; rows that do not count repeat a window.
@@ -166,9 +181,9 @@ def validation_batches(
     windows = _first_windows(counts, max(1, round(share * sum(counts))))
     starts = range(rank * rows, len(windows) + rank * rows, rows * world_size)
     steps = (windows[np.minimum(start + np.arange(rows), len(windows) - 1)] for start in starts)
-    arrays = read_windows(*source, "val", config.seq_len, steps, VALIDATION_KEEP_STEPS)
+    found = read_windows(*source, "val", config.seq_len, steps, VALIDATION_KEEP_STEPS, labels)
     real = (min(max(len(windows) - start, 0), rows) for start in starts)
-    return map(Batch, map(_to_tensor, arrays), real)
+    return map(_to_batch, found, real)
 
 
 def after_skips(row: int, skip: Sequence[tuple[int, int]]) -> int:
@@ -182,18 +197,18 @@ def after_skips(row: int, skip: Sequence[tuple[int, int]]) -> int:
 class _Prefetcher:
     """Takes items from an iterator in a thread, a bounded number ahead; errors come out of ``next``."""
 
-    def __init__(self, items: Iterator[torch.Tensor], ahead: int, pin_device: int | None):
+    def __init__(self, items: Iterator[Batch], ahead: int, pin_device: int | None):
         self._items = items
         self._pin_device = pin_device
         self._stop = threading.Event()
-        self._queue: queue.Queue[torch.Tensor | BaseException] = queue.Queue(max(ahead, 1))
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(max(ahead, 1))
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="token-prefetch", daemon=True)
         self._threaded = ahead > 0
         if self._threaded:
             self._thread.start()
 
-    def __next__(self) -> torch.Tensor:
+    def __next__(self) -> Batch:
         if self._error is not None:
             raise self._error
         item = self._queue.get() if self._threaded else self._take()
@@ -210,7 +225,7 @@ class _Prefetcher:
     def _work(self) -> None:
         if self._pin_device is not None:
             torch.cuda.set_device(self._pin_device)
-        item: torch.Tensor | BaseException | None = None
+        item: Batch | BaseException | None = None
         while not self._stop.is_set() and not isinstance(item, BaseException):
             item = self._take()
             while not self._stop.is_set():
@@ -220,7 +235,7 @@ class _Prefetcher:
                 except queue.Full:
                     continue
 
-    def _take(self) -> torch.Tensor | BaseException:
+    def _take(self) -> Batch | BaseException:
         try:
             item = next(self._items)
             return item.pin_memory() if self._pin_device is not None else item
@@ -228,9 +243,14 @@ class _Prefetcher:
             return error
 
 
-def _to_tensor(tokens: np.ndarray) -> torch.Tensor:
-    native = np.uint16 if tokens.dtype.itemsize == 2 else np.int32
-    return torch.from_numpy(tokens.astype(native, copy=False))
+def _to_batch(windows: Windows, num_rows: int) -> Batch:
+    targets = None if windows.targets is None else _to_tensor(windows.targets)
+    return Batch(_to_tensor(windows.tokens), num_rows, targets)
+
+
+def _to_tensor(ids: np.ndarray) -> torch.Tensor:
+    native = np.uint16 if ids.dtype.itemsize == 2 else np.int32
+    return torch.from_numpy(ids.astype(native, copy=False))
 
 
 def _first_windows(counts: list[int], limit: int) -> np.ndarray:

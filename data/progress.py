@@ -12,12 +12,23 @@ BAR_WIDTH = 24
 class Progress:
     """Reports how much of ``total`` is done, the rate, and the time left."""
 
-    def __init__(self, label: str, total: int, *, stream: TextIO | None = None, plain_every_s: float = 10.0):
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        *,
+        unit: str = "MB",
+        per_unit: float = 1e6,
+        stream: TextIO | None = None,
+        plain_every_s: float = 10.0,
+    ):
         """Start the clock.
 
         Args:
             label: what is being done.
-            total: amount of work in bytes.
+            total: amount of work, in bytes or what else is counted.
+            unit: unit of the rate, per second.
+            per_unit: how many of what is counted are one ``unit``.
             stream: where to report; default stderr.
             plain_every_s: seconds between lines when ``stream`` is no terminal.
         """
@@ -25,17 +36,18 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._every_s = 0.1 if self._terminal else plain_every_s
         self._label, self._total = label, max(total, 1)
+        self._unit, self._per_unit = unit, per_unit
         self._start = self._last = time.monotonic()
         self._skipped = 0
         self._width = 0
 
     def skip(self, done: int) -> None:
-        """Say that ``done`` bytes were finished before; they do not count in the rate."""
+        """Say that ``done`` of the total was finished before; it does not count in the rate."""
         self._skipped = done
         self._start = time.monotonic()
 
     def update(self, done: int, note: str = "") -> None:
-        """Report that ``done`` bytes of the total are finished, unless the last report is recent."""
+        """Report that ``done`` of the total is finished, unless the last report is recent."""
         now = time.monotonic()
         if now - self._last >= self._every_s:
             self._last = now
@@ -65,7 +77,9 @@ class Progress:
         filled = int(share * BAR_WIDTH)
         bar = f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] " if self._terminal else ""
         tail = f", {note}" if note else ""
-        return f"{self._label}: {bar}{share:6.1%}, {rate / 1e6:.2f} MB/s, {eta} left{tail}"
+        return (
+            f"{self._label}: {bar}{share:6.1%}, {rate / self._per_unit:.2f} {self._unit}/s, {eta} left{tail}"
+        )
 
     def _write(self, line: str) -> None:
         if self._terminal:

@@ -67,12 +67,12 @@ class CachedStorage:
         """As the storage behind does."""
         self._inner.check_size(name, size)
 
-    def read_range(self, name: str, offset: int, size: int) -> bytes:
+    def read_range(self, name: str, offset: int, size: int, buffer: memoryview | None = None) -> memoryview:
         """Return ``size`` bytes from ``offset`` on, from the folder if they are there."""
         path = self._folder / self._name(name, offset, size)
-        data = _read_checked(path, size)
+        data = _read_checked(path, size, buffer)
         if data is None:
-            data = self._inner.read_range(name, offset, size)
+            data = self._inner.read_range(name, offset, size, buffer)
             try:
                 self._keep(path, data)
             except OSError as error:
@@ -84,7 +84,7 @@ class CachedStorage:
         key = "\n".join((self._version, name, str(offset), str(size)))
         return hashlib.sha256(key.encode()).hexdigest()
 
-    def _keep(self, path: Path, data: bytes) -> None:
+    def _keep(self, path: Path, data: memoryview) -> None:
         descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=self._folder)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -126,14 +126,16 @@ class CachedStorage:
         return found
 
 
-def _read_checked(path: Path, size: int) -> bytes | None:
+def _read_checked(path: Path, size: int, buffer: memoryview | None) -> memoryview | None:
     """Return a file's range and mark it as used; ``None`` if it is missing, cut short or damaged."""
+    data = (memoryview(bytearray(size)) if buffer is None else buffer)[:size]
     try:
-        content = path.read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            found = file.readinto(data)
+            digest = file.read(DIGEST_BYTES + 1)
     except FileNotFoundError:
         return None
-    data, digest = content[:size], content[size:]
-    if len(data) != size or digest != xxhash.xxh3_128_digest(data):
+    if found != size or digest != xxhash.xxh3_128_digest(data):
         logger.warning("%s: damaged cache file, read again from its source", path)
         path.unlink(missing_ok=True)
         return None

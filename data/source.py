@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
-from data.config import DataConfig
+from data.config import DataConfig, is_remote
+from data.label_cache import LABELS_NAME, LabelCache, LabelSettings, parse_labels, read_labels
 from data.manifest import MANIFEST_NAME, TOKENIZER_NAME, DataError, Manifest, parse_manifest, read_manifest
 from data.shard_cache import CachedStorage
 from data.storage import LocalStorage, RemoteStorage, Storage
@@ -59,24 +61,50 @@ def windows_per_chunk(manifest: Manifest, split: str, seq_len: int) -> list[int]
     return [chunk.num_windows(seq_len) for _, chunk in manifest.splits[split].chunks]
 
 
+def open_label_cache(config: DataConfig, place: str, wanted: LabelSettings) -> LabelCache:
+    """Open stored targets and check whatever is cheap.
+
+    Args:
+        config: the data section.
+        place: folder or URL of the labels.
+        wanted: what the labels are for.
+
+    Raises:
+        DataError: they are unfinished, made for something else, or have files missing.
+    """
+    if not is_remote(place):
+        read_labels(Path(place))  # says what to do where there is none
+    storage = _storage(config, place)
+    raw = storage.read(LABELS_NAME)
+    cache = LabelCache(
+        _cached(config, storage, hashlib.sha256(raw).hexdigest()),
+        *parse_labels(raw, f"{storage.place}/{LABELS_NAME}"),
+    )
+    cache.check(wanted)
+    return cache
+
+
 def _open(config: DataConfig) -> Source:
-    storage: Storage
+    storage = _storage(config, config.dir)
     if config.is_remote:
-        storage = RemoteStorage(
-            config.dir, timeout_s=config.remote_timeout_s, connections=config.remote_connections
-        )
         manifest = parse_manifest(storage.read(MANIFEST_NAME), f"{storage.place}/{MANIFEST_NAME}")
     else:
-        storage = LocalStorage(config.dir)
         manifest = read_manifest(config.dir)
-    if config.cache_dir:
-        storage = CachedStorage(
-            storage,
-            config.cache_dir,
-            max_bytes=int(config.cache_gb * GIGABYTE),
-            version=manifest.sha256,
-        )
-    return Source(storage, manifest)
+    return Source(_cached(config, storage, manifest.sha256), manifest)
+
+
+def _storage(config: DataConfig, place: str) -> Storage:
+    if not is_remote(place):
+        return LocalStorage(place)
+    return RemoteStorage(place, timeout_s=config.remote_timeout_s, connections=config.remote_connections)
+
+
+def _cached(config: DataConfig, storage: Storage, version: str) -> Storage:
+    if not config.cache_dir:
+        return storage
+    return CachedStorage(
+        storage, config.cache_dir, max_bytes=int(config.cache_gb * GIGABYTE), version=version
+    )
 
 
 def _check_windows(config: DataConfig, manifest: Manifest, split: str) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 from data.manifest import DataError
+
+T = TypeVar("T")
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 10.0
@@ -41,8 +44,13 @@ class Storage(Protocol):
         """
         ...
 
-    def read_range(self, name: str, offset: int, size: int) -> bytes:
+    def read_range(self, name: str, offset: int, size: int, buffer: memoryview | None = None) -> memoryview:
         """Return ``size`` bytes of a file from ``offset`` on.
+
+        Args:
+            name: the file's, with folders separated by ``/``.
+            offset, size: the range, bytes.
+            buffer: memory of ``size`` bytes or more that may be read into, so that none is made.
 
         Raises:
             DataError: the file is missing or shorter, or cannot be had.
@@ -50,7 +58,7 @@ class Storage(Protocol):
         ...
 
     def check_size(self, name: str, size: int) -> None:
-        """Refuse a shard that is missing or not ``size`` bytes long, where that costs no round trip.
+        """Refuse a file that is missing or not ``size`` bytes long, where that costs no round trip.
 
         Raises:
             DataError: it is not as it should be.
@@ -79,28 +87,29 @@ class LocalStorage:
         except FileNotFoundError as error:
             raise DataError(f"{path}: missing") from error
 
-    def read_range(self, name: str, offset: int, size: int) -> bytes:
+    def read_range(self, name: str, offset: int, size: int, buffer: memoryview | None = None) -> memoryview:
         """See :class:`Storage`."""
         path = self._folder / name
+        data = (memoryview(bytearray(size)) if buffer is None else buffer)[:size]
         try:
-            with open(path, "rb") as file:
-                file.seek(offset)
-                data = file.read(size)
+            with open(path, "rb", buffering=0) as file:
+                found = _read_at(file.fileno(), data, offset)
         except FileNotFoundError as error:
-            raise DataError(f"{path}: shard is missing") from error
+            raise DataError(f"{path}: file is missing") from error
         try:
-            return _of_size(data, offset, size)
+            return _of_size(data[:found], offset, size)
         except _ShortRead as error:
             raise DataError(f"{path}: {error}") from error
 
     def check_size(self, name: str, size: int) -> None:
         """See :class:`Storage`."""
         path = self._folder / name
-        if not path.is_file():
-            raise DataError(f"{path}: shard is missing")
-        found = path.stat().st_size
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: file is missing") from error
         if found != size:
-            raise DataError(f"{path}: shard has {found} bytes, the manifest says {size}")
+            raise DataError(f"{path}: file has {found} bytes, the manifest says {size}")
 
 
 class RemoteStorage:
@@ -132,11 +141,11 @@ class RemoteStorage:
         """See :class:`Storage`."""
         return self._insist(name, lambda path: bytes(self._files.cat_file(path)))
 
-    def read_range(self, name: str, offset: int, size: int) -> bytes:
-        """See :class:`Storage`."""
+    def read_range(self, name: str, offset: int, size: int, buffer: memoryview | None = None) -> memoryview:
+        """See :class:`Storage`; what the network gives is not copied into ``buffer``."""
 
-        def attempt(path: str) -> bytes:
-            data = bytes(self._files.cat_file(path, start=offset, end=offset + size))
+        def attempt(path: str) -> memoryview:
+            data = memoryview(self._files.cat_file(path, start=offset, end=offset + size))
             if len(data) > size:
                 raise _NoRanges
             return _of_size(data, offset, size)
@@ -146,7 +155,7 @@ class RemoteStorage:
     def check_size(self, name: str, size: int) -> None:
         """Nothing: hundreds of ranks would ask for hundreds of shards. A read finds what is wrong."""
 
-    def _insist(self, name: str, attempt: Callable[[str], bytes]) -> bytes:
+    def _insist(self, name: str, attempt: Callable[[str], T]) -> T:
         """Try until it works, it cannot work, or time is up."""
         url, where = _file_url(self._url, name), f"{self.place}/{name}"
         started = time.monotonic()
@@ -179,7 +188,7 @@ class _NoRanges(Exception):
 
 def _file_url(folder: str, name: str) -> str:
     if urlsplit(folder).scheme in ("http", "https"):
-        name = quote(name, safe="")
+        name = quote(name, safe="/")
     return f"{folder}/{name}"
 
 
@@ -222,7 +231,15 @@ def _reason(error: Exception) -> str:
     return type(error).__name__ + (f" {status}" if isinstance(status, int) else "")
 
 
-def _of_size(data: bytes, offset: int, size: int) -> bytes:
+def _read_at(descriptor: int, data: memoryview, offset: int) -> int:
+    """Fill ``data`` from a place of a file and return how many bytes there were."""
+    found = 0
+    while found < len(data) and (count := os.preadv(descriptor, [data[found:]], offset + found)):
+        found += count
+    return found
+
+
+def _of_size(data: memoryview, offset: int, size: int) -> memoryview:
     if len(data) != size:
-        raise _ShortRead(f"shard is cut short: {len(data)} of {size} bytes at offset {offset}")
+        raise _ShortRead(f"file is cut short: {len(data)} of {size} bytes at offset {offset}")
     return data

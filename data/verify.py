@@ -1,4 +1,4 @@
-"""Command line: compare every byte of a shard folder with its manifest.
+"""Command line: compare every byte of a shard folder, and of labels, with their manifests.
 
 python -m data.verify DIR
 """
@@ -15,8 +15,18 @@ from pathlib import Path
 import numpy as np
 
 from data.cli import run_cli
+from data.label_cache import (
+    DEFAULT_FOLDER,
+    LABELS_NAME,
+    MASKED_ID,
+    LabelCache,
+    chunk_name,
+    found_chunks,
+    read_labels,
+)
 from data.manifest import (
     BYTES_PER_TOKEN,
+    MANIFEST_NAME,
     TAR_BLOCK,
     TOKENIZER_NAME,
     Chunk,
@@ -52,6 +62,50 @@ def verify_folder(folder: Path) -> tuple[list[str], list[str]]:
                 f"{len(split.chunks)} chunks, {len(split.shards)} shards"
             )
     return summaries, problems
+
+
+def verify_labels(folder: Path) -> tuple[list[str], list[str]]:
+    """Check a folder of labels completely; returns and raises as :func:`verify_folder`."""
+    cache = read_labels(folder)
+    summaries, problems = [], []
+    sizes = (cache.chunk_bytes(split, n) for split in cache.splits for n in range(len(cache.splits[split])))
+    progress = Progress(f"verifying {folder.name}", sum(sizes))
+    done = 0
+    for split, chunks in cache.splits.items():
+        known = {number: {chunk.crc32} for number, chunk in enumerate(chunks) if chunk.windows}
+        found = [
+            f"{folder / chunk_name(split, number, crc32)}: no chunk has this file"
+            for number, crc32s in found_chunks(folder, split).items()
+            for crc32 in crc32s - known.get(number, set())
+        ]
+        for number in known:
+            found += _label_problems(cache, split, number)
+            progress.update(done := done + cache.chunk_bytes(split, number))
+        problems += found
+        if not found:
+            windows = sum(chunk.windows for chunk in chunks)
+            summaries.append(f"{folder.name}, {split}: ok, {windows:,} windows, {len(known)} files")
+    progress.close()
+    return summaries, problems
+
+
+def _label_problems(cache: LabelCache, split: str, number: int) -> Iterator[str]:
+    try:
+        ids = cache.read_chunk(split, number)
+    except DataError as error:
+        yield str(error)
+        return
+    largest = int(ids[ids != MASKED_ID].max(initial=0))
+    if largest >= cache.settings.num_concepts:
+        name = chunk_name(split, number, cache.splits[split][number].crc32)
+        yield f"{cache.place}/{name}: id {largest} is beyond the dictionary of {cache.settings.num_concepts}"
+
+
+def _fit_problems(folder: Path, labels: Path) -> Iterator[str]:
+    """Whether labels inside a shard folder are those of its shards."""
+    manifest, settings = read_manifest(folder), read_labels(labels).settings
+    if settings.data != manifest.sha256:
+        yield f"{labels}: the labels of other shards: {MANIFEST_NAME} has changed since"
 
 
 def _tokenizer_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -139,8 +193,20 @@ def _tokens(member: bytes, chunk: Chunk, dtype: str) -> np.ndarray:
     return np.frombuffer(member, f"<u{BYTES_PER_TOKEN[dtype]}", count=chunk.tokens, offset=TAR_BLOCK)
 
 
+def _verify(folder: Path) -> tuple[list[str], list[str]]:
+    """Shards, labels, or shards with the labels inside their folder."""
+    if (folder / LABELS_NAME).is_file():
+        return verify_labels(folder)
+    summaries, problems = verify_folder(folder)
+    labels = folder / DEFAULT_FOLDER
+    if (labels / LABELS_NAME).is_file():
+        more, worse = verify_labels(labels)
+        summaries, problems = summaries + more, [*problems, *worse, *_fit_problems(folder, labels)]
+    return summaries, problems
+
+
 def _main(args: argparse.Namespace) -> int:
-    summaries, problems = verify_folder(args.folder)
+    summaries, problems = _verify(args.folder)
     for line in summaries:
         print(line)
     for line in problems:
@@ -150,8 +216,8 @@ def _main(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m data.verify", description="Check a shard folder.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder written by data.prepare")
+    parser = argparse.ArgumentParser(prog="python -m data.verify", description="Check shards and labels.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of token shards or of labels")
     return run_cli(_main, parser, argv)
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from data.label_cache import LabelCache
 from data.loader import TokenLoader
 from data.manifest import Manifest
-from data.source import open_source
+from data.source import open_label_cache, open_source
 from parallel.apply import apply_parallel, materialize, tensor_group
 from parallel.engine import Engine, FsdpEngine
 from parallel.mesh import Mesh, build_mesh, replica_mesh
 from parallel.world import World
 from parallel.zero import ZeroEngine
+from trainer.concepts.cache import label_settings, labels_place
 from trainer.concepts.extractor import TargetExtractor, check_vocabulary, load_teacher, shard_teacher
 from trainer.concepts.sae_training import SaeLearner, init_sae_parameter
 from trainer.config import RunConfig
@@ -29,6 +33,8 @@ from trainer.model.padding import PADDING
 from trainer.objective import CoCoMixLoss, NextToken, Objective, SaeLoss
 from trainer.optim import build_optimizer
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -37,6 +43,8 @@ class Parts:
     world: World
     mesh: Mesh
     manifest: Manifest
+    labels: LabelCache | None
+    """Stored targets of all windows, where the run reads them."""
     loader: TokenLoader
     objective: Objective
     engine: Engine
@@ -56,6 +64,8 @@ def build_parts(config: RunConfig, world: World) -> Parts:
     manifest = open_source(config.data).manifest
     _check_vocabulary(config, manifest)
     _check_tensor_parallel(config)
+    labels = open_labels(config, manifest)
+    _warn_unchecked(config, labels, world)
     model, objective, flops = _build_objective(config, world, mesh, manifest)
     engine = _build_engine(config, mesh, model, world.device)
     loader = TokenLoader(
@@ -64,8 +74,31 @@ def build_parts(config: RunConfig, world: World) -> Parts:
         rank=mesh.dp_rank,
         world_size=mesh.dp_size,
         pin_memory=world.device.type == "cuda",
+        labels=labels,
     )
-    return Parts(world, mesh, manifest, loader, objective, engine, flops)
+    return Parts(world, mesh, manifest, labels, loader, objective, engine, flops)
+
+
+def open_labels(config: RunConfig, manifest: Manifest) -> LabelCache | None:
+    """The stored targets that a run reads, or None where it computes its targets or has none.
+
+    Raises:
+        DataError: unfinished, incomplete, or made from another teacher, autoencoder, data or settings.
+    """
+    concepts = config.concepts
+    if config.objective.name != "cocomix" or concepts is None or concepts.source != "cache":
+        return None
+    wanted = label_settings(concepts, config.data, manifest, rows_per_pass=config.train.microbatch_size)
+    return open_label_cache(config.data, labels_place(concepts, config.data), wanted)
+
+
+def _warn_unchecked(config: RunConfig, labels: LabelCache | None, world: World) -> None:
+    """Say which of the files that the labels were made from are not here to be compared."""
+    if labels is None or config.concepts is None or not world.is_main:
+        return
+    for key, path in (("concepts.teacher", config.concepts.teacher), ("concepts.sae", config.concepts.sae)):
+        if not Path(path).exists():
+            logger.warning("%s=%s is not there: %s is taken on trust", key, path, labels.place)
 
 
 def _check_batch(config: RunConfig, mesh: Mesh) -> None:
@@ -106,6 +139,11 @@ def _build_objective(
     if config.objective.name == "ntp":
         return student, NextToken(), flops_per_token(config.model, None, seq_len)
     assert config.concepts is not None
+    with torch.device("meta"):
+        student = CoCoMix(config.model, config.concepts)
+    if config.concepts.source == "cache":
+        flops = flops_per_token(config.model, config.concepts, seq_len)
+        return student, CoCoMixLoss(None, config.objective.concept_weight), flops
     extractor = TargetExtractor.load(
         config.concepts, world.device, tensor_group(mesh), shard_sae=config.parallel.shard_sae
     )

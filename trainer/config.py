@@ -82,8 +82,10 @@ class ConceptsConfig:
     """Rank latents by g.W_dec*z as it is (the authors' choice), by its absolute value, or by its negative."""
     mask_non_positive: bool = True
     """Leave targets whose score is not positive out of the loss; ``false`` keeps them, as the authors do."""
-    source: Literal["teacher"] = "teacher"
-    """Where targets come from: ``teacher`` computes them on the fly."""
+    source: Literal["teacher", "cache"] = "teacher"
+    """``teacher`` computes targets on the fly; ``cache`` reads what ``trainer.concepts.label`` has stored."""
+    labels: str | None = None
+    """Folder of stored targets; ``null`` means ``labels`` in ``data.dir``."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the frozen teacher; the SAE's latents are selected from its residual."""
 

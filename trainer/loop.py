@@ -229,6 +229,7 @@ class Loop:
                 rows=config.train.microbatch_size,
                 rank=parts.mesh.dp_rank,
                 world_size=parts.mesh.dp_size,
+                labels=parts.labels,
             )
             values = validate(
                 parts.engine,

@@ -146,15 +146,20 @@ def run_config_cli(
         prog, description: shown by ``--help``.
         argv: arguments without the program name; ``None`` reads the process's own.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
     return run_cli(
         lambda args: work(load_config(RunConfig, args.config, args.overrides), args.config),
-        parser,
+        config_parser(prog, description),
         argv,
         errors=(CheckpointError, TrainingDiverged),
         overrides=True,
     )
+
+
+def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """Parser of a program that takes ``--config`` and overrides of its keys."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from data.batch import Batch
 from parallel.collectives import min_over_ranks
 from parallel.mesh import Mesh
 from parallel.tensor import TensorGroup
-from trainer.concepts.extractor import TargetExtractor
+from trainer.concepts.extractor import TargetExtractor, unpack_ids
 from trainer.concepts.sae_training import SaeLearner
 from trainer.kernels.reference import IGNORED_LABEL, MASKED_TARGET
 from trainer.metrics.sums import Mean
@@ -103,7 +103,7 @@ class CoCoMixLoss(_NoHooks):
     """Next-token loss + lambda times the concept loss (CoCoMix, arXiv 2502.08524, equation 5).
 
     Args:
-        extractor: tokens -> concept targets.
+        extractor: tokens -> concept targets; ``None`` where the batches bring them.
         concept_weight: lambda.
     """
 
@@ -116,15 +116,29 @@ class CoCoMixLoss(_NoHooks):
         Mean("concept_targets_per_token", "targets", "tokens"),
     )
 
-    def __init__(self, extractor: TargetExtractor, concept_weight: float) -> None:
+    def __init__(self, extractor: TargetExtractor | None, concept_weight: float) -> None:
         self.extractor = extractor
         self.concept_weight = concept_weight
+
+    def targets(self, batch: Batch, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Concept targets (b, T, A) int64, ``MASKED_TARGET`` in rows that do not count.
+
+        Args:
+            batch: the microbatch.
+            input_ids, labels: its tokens, both (b, T) int64.
+        """
+        if self.extractor is not None:
+            targets = self.extractor(input_ids, labels)
+        else:
+            assert batch.targets is not None, "without an extractor the loader reads stored targets"
+            targets = unpack_ids(batch.targets)
+        targets[batch.num_rows :] = MASKED_TARGET
+        return targets
 
     def __call__(self, model: nn.Module, batch: Batch, *, detail: bool) -> LossTerms:
         """See :class:`Objective`; ``detail`` ranks the targets among all concepts."""
         input_ids, labels = split_tokens(batch)
-        targets = self.extractor(input_ids, labels)
-        targets[batch.num_rows :] = MASKED_TARGET
+        targets = self.targets(batch, input_ids, labels)
         out = model(input_ids, labels, targets, with_ranks=detail)
         loss = out.loss_ntp + self.concept_weight * out.loss_concept
         counts = out.concepts

@@ -216,9 +216,9 @@ def test_chunks_are_read_once_and_few_are_kept(tmp_path: Path, monkeypatch: pyte
     manifest = prepare(options)
     read: list[Chunk] = []
 
-    def counting(storage: Storage, dtype: str, shard: Shard, chunk: Chunk) -> np.ndarray:
+    def counting(storage: Storage, dtype: str, shard: Shard, chunk: Chunk, buffer: memoryview) -> np.ndarray:
         read.append(chunk)
-        return read_chunk(storage, dtype, shard, chunk)
+        return read_chunk(storage, dtype, shard, chunk, buffer)
 
     monkeypatch.setattr("data.stream.read_chunk", counting)
     config = DataConfig(dir=str(tmp_path / "out"), seq_len=SEQ_LEN, lanes=6, prefetch_steps=0)
@@ -278,8 +278,8 @@ def test_every_flipped_bit_of_a_shard_is_found_or_harmless(
         bad[position] ^= 1 << number % 8
         path.write_bytes(bad)
         try:
-            (tokens,) = read_windows(LocalStorage(folder), manifest, "train", SEQ_LEN, [order], 1)
-            assert np.array_equal(tokens, good)
+            (read,) = read_windows(LocalStorage(folder), manifest, "train", SEQ_LEN, [order], 1)
+            assert np.array_equal(read.tokens, good.tokens)
         except DataError:
             found += 1
     assert found >= len(positions) - 40  # what is left is padding
@@ -292,7 +292,7 @@ def test_zeroed_member_and_truncation_after_the_start(
     for damage, message in (
         (lambda path: path.write_bytes(bytes(path.stat().st_size)), "no tar member there"),
         (lambda path: path.write_bytes(path.read_bytes()[:700]), "cut short: 700 of|cut short: 0 of"),
-        (lambda path: path.unlink(), "shard is missing"),
+        (lambda path: path.unlink(), "file is missing"),
     ):
         folder = tmp_path / "damaged"
         shutil.rmtree(folder, ignore_errors=True)
@@ -326,9 +326,9 @@ def test_open_manifest_errors(config: DataConfig, shard_folder: Path, tmp_path: 
     shutil.copy(shard_folder / "tokenizer.json", tokenizer)
     shard = folder / "train-000001.tar"
     shard.write_bytes(shard.read_bytes()[:-1])
-    check(r"train-000001\.tar: shard has \d+ bytes, the manifest says \d+", dir=str(folder))
+    check(r"train-000001\.tar: file has \d+ bytes, the manifest says \d+", dir=str(folder))
     shard.unlink()
-    check(r"train-000001\.tar: shard is missing", dir=str(folder))
+    check(r"train-000001\.tar: file is missing", dir=str(folder))
 
 
 def test_zero_windows_says_how_many_tokens_there_are(corpus_file: Path, tmp_path: Path) -> None:

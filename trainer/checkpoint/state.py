@@ -22,6 +22,7 @@ from trainer.checkpoint.store import CheckpointError
 _ABSENT = "(absent)"
 
 # A change of these keys resumes with a warning; every other key decides what is being trained.
+# (Stored targets are those of the same teacher and autoencoder, or the run does not start.)
 _SOFT_KEYS = frozenset(
     {
         "train.steps",
@@ -34,6 +35,8 @@ _SOFT_KEYS = frozenset(
         "data.cache_gb",
         "data.remote_timeout_s",
         "data.remote_connections",
+        "concepts.source",
+        "concepts.labels",
     }
 )
 _SOFT_SECTIONS = frozenset({"parallel", "log", "checkpoint", "validation", "tasks"})

@@ -69,7 +69,10 @@ def pack_ids(targets: Tensor) -> Tensor:
 
 
 def unpack_ids(packed: Tensor) -> Tensor:
-    """Inverse of :func:`pack_ids`, int64; two bytes hold ids up to ``MAX_PACKED_ID``."""
+    """Inverse of :func:`pack_ids`, int64, from (..., 2A) uint8 or the same bytes as (..., A) uint16.
+
+    Two bytes hold ids up to ``MAX_PACKED_ID``.
+    """
     ids = packed.view(torch.int16).long() & 0xFFFF
     return ids.masked_fill(ids == 0xFFFF, MASKED_TARGET)
 

@@ -48,25 +48,37 @@ def load_sae(path: str | os.PathLike[str], *, layer: int | None = None) -> TopKS
     Raises:
         ValueError: one line naming the path, the key, the value and what it must be.
     """
+    weights = sae_files(path)[-1]
+    if weights.name == SAELENS_WEIGHTS:
+        sae = _load_saelens(weights.parent, layer)
+    elif weights.name == SPARSIFY_WEIGHTS:
+        sae = _load_sparsify(weights.parent)
+    else:
+        sae = _load_published(weights)
+    return sae.requires_grad_(False)
+
+
+def sae_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """The files that an autoencoder is read from, its weights last.
+
+    Raises:
+        ValueError: one line naming the path and what it must be.
+    """
     source = Path(path)
     if source.is_dir():
-        if (source / SAELENS_WEIGHTS).is_file():
-            sae = _load_saelens(source, layer)
-        elif (source / SPARSIFY_WEIGHTS).is_file():
-            sae = _load_sparsify(source)
-        else:
-            raise ValueError(
-                f"{source}: holds neither {SAELENS_WEIGHTS} (SAELens) nor {SPARSIFY_WEIGHTS} (sparsify)"
-            )
-    elif source.suffix == ".safetensors":
+        for name in (SAELENS_WEIGHTS, SPARSIFY_WEIGHTS):
+            if (source / name).is_file():
+                return source / "cfg.json", source / name
+        raise ValueError(
+            f"{source}: holds neither {SAELENS_WEIGHTS} (SAELens) nor {SPARSIFY_WEIGHTS} (sparsify)"
+        )
+    if source.suffix == ".safetensors":
         raise ValueError(
             f"{source}: give the folder that holds this file and its cfg.json, or a published .pt file"
         )
-    elif source.is_file():
-        sae = _load_published(source)
-    else:
+    if not source.is_file():
         raise ValueError(f"{source}: no such file or folder")
-    return sae.requires_grad_(False)
+    return (source,)
 
 
 def save_sae(path: str | os.PathLike[str], sae: TopKSae) -> None:
