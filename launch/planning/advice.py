@@ -82,9 +82,12 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, RunConfig, Cluster]]:
         )
     if train.precision == "fp32":
         yield "--train.precision=bf16", replace(config, train=replace(train, precision="bf16")), cluster
-    if plan.teacher is not None and config.concepts is not None and config.concepts.precision == "fp32":
-        concepts = replace(config.concepts, precision="bf16")
-        yield "--concepts.precision=bf16", replace(config, concepts=concepts), cluster
+    if plan.teacher is not None and config.concepts is not None:
+        read = replace(config.concepts, source="cache")
+        yield "--concepts.source=cache", replace(config, concepts=read), cluster
+        if config.concepts.precision == "fp32":
+            rounded = replace(config.concepts, precision="bf16")
+            yield "--concepts.precision=bf16", replace(config, concepts=rounded), cluster
     more = replace(cluster, num_nodes=2 * cluster.num_nodes)
     spread = replace(config, parallel=replace(parallel, dp_shard=-1))
     yield f"--nodes={more.num_nodes}{rest}", spread, more

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from launch.planning.layout import Cluster, Layout, lay_out
+from launch.planning.layout import Cluster, Layout, concepts_of, lay_out
 from launch.planning.memory import FP32, Moment, plan_memory
 from launch.planning.teacher import Teacher, teacher_of
 from launch.planning.traffic import Transfer, plan_traffic, sent
-from trainer.config import RunConfig
+from trainer.config import ConceptsConfig, RunConfig
 from trainer.flops import FlopsPerToken, SaeShape, flops_per_token, parameter_count, peak_flops
 
 GIB = 2**30
@@ -112,11 +112,15 @@ class Plan:
         return self.run_hours * self.layout.cluster.world_size
 
     @property
+    def concepts(self) -> ConceptsConfig | None:
+        """The student's concept path, ``None`` for next-token prediction."""
+        return concepts_of(self.config)
+
+    @property
     def num_parameters(self) -> int:
         """Weights of the student without padding."""
         assert self.config.model is not None
-        concepts = self.config.concepts if self.teacher is not None else None
-        return sum(parameter_count(self.config.model, concepts).values())
+        return sum(parameter_count(self.config.model, self.concepts).values())
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -139,14 +143,14 @@ def make_plan(config: RunConfig, cluster: Cluster, assumptions: Assumptions) -> 
     """
     layout = lay_out(config, cluster)
     assert config.model is not None
-    concepts = config.concepts if config.objective.name == "cocomix" else None
-    teacher = None if concepts is None else teacher_of(concepts)
+    concepts = concepts_of(config)
+    teacher = None if concepts is None or concepts.source == "cache" else teacher_of(concepts)
     flops = flops_per_token(
         config.model,
         concepts,
         config.data.seq_len,
         None if teacher is None else teacher.shape,
-        None if concepts is None else SaeShape(concepts.num_concepts, concepts.top_k),
+        None if concepts is None or teacher is None else SaeShape(concepts.num_concepts, concepts.top_k),
     )
     traffic = plan_traffic(config, layout, teacher)
     return Plan(

@@ -152,6 +152,11 @@ def root_parameters(model: ModelConfig, concepts: ConceptsConfig | None) -> tupl
     return tuple(out)
 
 
+def concepts_of(config: RunConfig) -> ConceptsConfig | None:
+    """The concept path of a run, ``None`` for next-token prediction."""
+    return config.concepts if config.objective.name == "cocomix" else None
+
+
 def lay_out(config: RunConfig, cluster: Cluster) -> Layout:
     """Place a run on a cluster.
 
@@ -170,7 +175,7 @@ def lay_out(config: RunConfig, cluster: Cluster) -> Layout:
     dp_shard = _dp_shard(config, cluster.world_size)
     _check_batch(config, config.parallel.dp_replicate * dp_shard)
     _check_tensor_parallel(config, config.model)
-    concepts = config.concepts if config.objective.name == "cocomix" else None
+    concepts = concepts_of(config)
     rows = config.train.batch_size // (config.parallel.dp_replicate * dp_shard)
     return Layout(
         cluster=cluster,

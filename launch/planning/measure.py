@@ -210,17 +210,16 @@ def measure(plan: Plan) -> Measured:
 def _student(plan: Plan) -> GPT2:
     assert plan.config.model is not None
     with torch.device("meta"):
-        if plan.teacher is None:
+        if plan.concepts is None:
             return GPT2(plan.config.model)
-        assert plan.config.concepts is not None
-        return CoCoMix(plan.config.model, plan.config.concepts)
+        return CoCoMix(plan.config.model, plan.concepts)
 
 
 def _frozen(plan: Plan, replica: DeviceMesh, tp: TensorGroup) -> tuple[GPT2, TopKSae] | None:
     """Teacher and autoencoder on the meta device, split as the run splits them."""
-    if plan.teacher is None or plan.config.concepts is None:
+    shape, concepts = plan.teacher, plan.concepts
+    if shape is None or concepts is None:
         return None
-    shape, concepts = plan.teacher, plan.config.concepts
     sizes = ModelConfig(
         d_model=shape.d_model,
         n_layer=shape.n_layer,
@@ -240,14 +239,25 @@ def _frozen(plan: Plan, replica: DeviceMesh, tp: TensorGroup) -> tuple[GPT2, Top
 
 
 def _objective(plan: Plan, mesh: Mesh, meter: Meter, frozen: tuple[GPT2, TopKSae] | None) -> Objective:
-    if frozen is None or plan.config.concepts is None:
+    if plan.concepts is None:
         return NextToken()
-    teacher, sae = frozen
-    teacher.to_empty(device="cpu")
-    sae.to_empty(device="cpu")
-    extractor = _MeteredExtractor(teacher, sae, plan.config.concepts, tensor_group(mesh))
-    extractor.meter = meter
+    extractor = None
+    if frozen is not None:
+        teacher, sae = frozen
+        teacher.to_empty(device="cpu")
+        sae.to_empty(device="cpu")
+        extractor = _MeteredExtractor(teacher, sae, plan.concepts, tensor_group(mesh))
+        extractor.meter = meter
     return CoCoMixLoss(extractor, plan.config.objective.concept_weight)
+
+
+def _batch(plan: Plan) -> Batch:
+    """One rank's rows of a step."""
+    rows, seq_len = plan.layout.rows_per_rank, plan.config.data.seq_len
+    targets = None
+    if plan.concepts is not None and plan.teacher is None:
+        targets = torch.zeros(rows, seq_len, plan.concepts.num_targets, dtype=torch.uint16)
+    return Batch(torch.zeros(rows, seq_len + 1, dtype=torch.int32), rows, targets)
 
 
 def _train_one_step(plan: Plan, mesh: Mesh, engine: _Phases, frozen: tuple[GPT2, TopKSae] | None) -> None:
@@ -255,17 +265,14 @@ def _train_one_step(plan: Plan, mesh: Mesh, engine: _Phases, frozen: tuple[GPT2,
     objective = _objective(plan, mesh, engine.meter, frozen)
     metrics = StepMetrics(objective.means, device)
     usage = None
-    if plan.teacher is not None and config.concepts is not None:
-        usage = ConceptUsage(config.concepts.num_concepts, device)
+    if plan.concepts is not None:
+        usage = ConceptUsage(plan.concepts.num_concepts, device)
     engine.meter.phase = "forward"
     train_step(
         engine,
         objective,
         mesh,
-        Batch(
-            torch.zeros(plan.layout.rows_per_rank, config.data.seq_len + 1, dtype=torch.int32),
-            plan.layout.rows_per_rank,
-        ),
+        _batch(plan),
         microbatch_size=config.train.microbatch_size,
         tokens_per_step=config.tokens_per_step,
         lr=config.optim.lr,

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launch.planning.layout import Layout
+from launch.planning.layout import Layout, concepts_of
 from launch.planning.teacher import Teacher
 from parallel.config import ParallelConfig
 from trainer.config import ConceptsConfig, ModelConfig, RunConfig
@@ -183,7 +183,7 @@ def plan_memory(config: RunConfig, layout: Layout, teacher: Teacher | None) -> t
     Args:
         config: the run.
         layout: where it lies.
-        teacher: sizes of the teacher, ``None`` for next-token prediction.
+        teacher: sizes of the teacher, ``None`` where targets are read or there are none.
     """
     # Gradients accumulate from the first microbatch on, so the peak is in the first or the second.
     moments: list[Moment] = []
@@ -203,7 +203,7 @@ def _microbatch(
     s = _Sizes(
         model=config.model,
         layout=layout,
-        concepts=config.concepts if teacher is not None else None,
+        concepts=concepts_of(config),
         tokens=rows * config.data.seq_len,
         seq_len=config.data.seq_len,
         element=2 if config.train.precision == "bf16" else FP32,
@@ -229,14 +229,17 @@ def optimizer_bytes(layout: Layout) -> int:
 def _hold_state(book: Book, config: RunConfig, layout: Layout, teacher: Teacher | None) -> None:
     """What lives as long as the run."""
     book.hold(parameters=FP32 * layout.shard_elements, optimizer=optimizer_bytes(layout))
-    if teacher is not None and config.concepts is not None:
-        element = 2 if config.concepts.precision == "bf16" else FP32
+    concepts = concepts_of(config)
+    if concepts is None:
+        return
+    book.hold(metrics=2 * (concepts.num_concepts + 1))
+    if teacher is not None:
+        element = 2 if concepts.precision == "bf16" else FP32
         ranks = layout.replica if config.parallel.shard_teacher else 1
-        rows = latents_held(config.concepts, config.parallel)
+        rows = latents_held(concepts, config.parallel)
         book.hold(
             teacher=element * teacher.shard_elements(ranks),
             SAE=FP32 * (2 * rows * teacher.d_model + rows + teacher.d_model),
-            metrics=2 * (config.concepts.num_concepts + 1),
         )
 
 

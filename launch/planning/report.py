@@ -115,6 +115,8 @@ def _assumed(plan: Plan) -> Iterator[str]:
             f"  teacher ({origin}): width {teacher.d_model}, {teacher.n_layer} blocks, vocabulary "
             f"{teacher.vocab_size}; its autoencoder keeps concepts.top_k latents"
         )
+    elif plan.concepts is not None:
+        yield "  targets are read from the label cache; the time to fill it is not in the plan"
     yield (
         f"  the computation alone reaches {assumed.mfu:.0%} of the {plan.config.train.precision} peak of "
         f"{assumed.gpu} (exact FLOPs per token: {plan.flops.total:.4g})"

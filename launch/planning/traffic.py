@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.planning.layout import Layout, Unit
+from launch.planning.layout import Layout, Unit, concepts_of
 from launch.planning.memory import FP32, INT64
 from launch.planning.teacher import Teacher
 from trainer.config import ConceptsConfig, ModelConfig, RunConfig
@@ -76,7 +76,7 @@ def sent(transfer: Transfer, layout: Layout) -> Sent:
 def plan_traffic(config: RunConfig, layout: Layout, teacher: Teacher | None) -> tuple[Transfer, ...]:
     """Every collective of a step on groups of more than one rank; those of a few bytes are left out."""
     assert config.model is not None
-    concepts = config.concepts if config.objective.name == "cocomix" else None
+    concepts = concepts_of(config)
     element = 2 if config.train.precision == "bf16" else FP32
     found = [
         *_weights(config, layout, element),
@@ -205,6 +205,7 @@ def _teacher_weights(
 
 def _metrics(config: RunConfig, layout: Layout) -> Iterator[Transfer]:
     size = FP64 * METRIC_SLOTS[config.objective.name]
-    if config.objective.name == "cocomix" and config.concepts is not None:
-        size += 2 * (config.concepts.num_concepts + 1)
+    concepts = concepts_of(config)
+    if concepts is not None:
+        size += 2 * (concepts.num_concepts + 1)
     yield Transfer("metrics", "dp", "all-reduce", size, exposed=True)

@@ -97,6 +97,12 @@ VARIANTS = {
         8,
         (*SHALLOW, *SPLIT, "--train.batch_size=12", "--parallel.dp_replicate=2"),
     ),
+    "cached targets": ("1b", 8, (*SHALLOW, "--concepts.source=cache", "--train.batch_size=64")),
+    "cached targets, tp": (
+        "1b",
+        8,
+        (*SHALLOW, "--concepts.source=cache", "--train.batch_size=64", "--parallel.tp=2"),
+    ),
     "untied head": ("69m_ntp", 8, ("--model.tied_head=false", "--train.batch_size=64")),
 }
 
