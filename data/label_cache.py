@@ -55,8 +55,9 @@ class LabelSettings:
     precision: str
     arithmetic: int
     """Version of the computation; another one gives other ids from the same inputs."""
-    rows_per_pass: int
-    """Windows of one pass of the teacher. Its kernels round by the shape, so it can decide near ties."""
+    rows_per_pass: int | None
+    """Windows of one pass of the teacher, whose kernels round by the shape, so that it can decide near ties;
+    ``None`` where that does not matter."""
 
     @property
     def window_shape(self) -> tuple[int, int]:
@@ -69,21 +70,16 @@ class LabelSettings:
         return self.seq_len * self.num_targets * BYTES_PER_ID
 
 
-def differences(found: LabelSettings, wanted: LabelSettings, *, passes: bool) -> str:
+def differences(found: LabelSettings, wanted: LabelSettings) -> str:
     """What labels were made with and what is wanted instead, on one line; empty where they fit.
 
     Args:
         found: what the labels were made with.
         wanted: what they are needed for; ``None`` there is not compared.
-        passes: also compare ``rows_per_pass``, which matters to who goes on writing.
     """
-    pairs = {field.name: (getattr(found, field.name), getattr(wanted, field.name)) for field in fields(found)}
-    if not passes:
-        del pairs["rows_per_pass"]
+    pairs = ((field.name, getattr(found, field.name), getattr(wanted, field.name)) for field in fields(found))
     return ", ".join(
-        f"{name} was {_show(old)} and is {_show(new)}"
-        for name, (old, new) in pairs.items()
-        if new not in (None, old)
+        f"{name} was {_show(old)} and is {_show(new)}" for name, old, new in pairs if new not in (None, old)
     )
 
 
@@ -151,12 +147,12 @@ class LabelCache:
         """Refuse labels that were made from something else, or with files missing where that is cheap to see.
 
         Args:
-            wanted: what they are for; the passes are not compared.
+            wanted: what they are for.
 
         Raises:
             DataError: one line that names everything that differs, or the file.
         """
-        different = differences(self.settings, wanted, passes=False)
+        different = differences(self.settings, wanted)
         if different:
             raise DataError(
                 f"{self.place}: these labels do not fit, {different}; "

@@ -141,7 +141,7 @@ class LabelWriter:
                 return ""
         except DataError as error:
             return str(error)
-        different = differences(found, self._settings, passes=True)
+        different = differences(found, self._settings)
         return different and f"{self._folder}: holds labels for something else, {different}"
 
     def _discard(self) -> None:

@@ -28,6 +28,7 @@ from launch.records import RunFiles, read_json
 from launch.workers import Group, Place, find_place
 from trainer.checkpoint.state import check_resume
 from trainer.checkpoint.store import CheckpointError, CheckpointStore
+from trainer.concepts.cache import open_labels
 from trainer.config import RunConfig
 from trainer.config_io import load_config, to_dict
 from trainer.flops import parameter_count, sae_parameter_count
@@ -106,9 +107,12 @@ def check_data(config: RunConfig) -> str:
 
 
 def check_concepts(config: RunConfig) -> str:
-    """Teacher and autoencoder are there."""
+    """Teacher and autoencoder are there, or the targets that were stored with them."""
     if config.objective.name == "cocomix":
         assert config.concepts is not None
+        if config.concepts.source == "cache":
+            labels = open_labels(config.concepts, config.data, open_source(config.data).manifest)
+            return f"not needed: targets are read from {labels.place}"
         paths = {"concepts.teacher": config.concepts.teacher, "concepts.sae": config.concepts.sae}
     elif config.objective.name == "sae":
         assert config.sae is not None

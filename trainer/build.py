@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from data.label_cache import LabelCache
 from data.loader import TokenLoader
 from data.manifest import Manifest
-from data.source import open_label_cache, open_source
+from data.source import open_source
 from parallel.apply import apply_parallel, materialize, tensor_group
 from parallel.engine import Engine, FsdpEngine
 from parallel.mesh import Mesh, build_mesh, replica_mesh
 from parallel.world import World
 from parallel.zero import ZeroEngine
-from trainer.concepts.cache import label_settings, labels_place
+from trainer.concepts.cache import open_labels
 from trainer.concepts.extractor import TargetExtractor, check_vocabulary, load_teacher, shard_teacher
 from trainer.concepts.sae_training import SaeLearner, init_sae_parameter
 from trainer.config import RunConfig
@@ -64,8 +64,7 @@ def build_parts(config: RunConfig, world: World) -> Parts:
     manifest = open_source(config.data).manifest
     _check_vocabulary(config, manifest)
     _check_tensor_parallel(config)
-    labels = open_labels(config, manifest)
-    _warn_unchecked(config, labels, world)
+    labels = _open_labels(config, manifest, world)
     model, objective, flops = _build_objective(config, world, mesh, manifest)
     engine = _build_engine(config, mesh, model, world.device)
     loader = TokenLoader(
@@ -79,26 +78,16 @@ def build_parts(config: RunConfig, world: World) -> Parts:
     return Parts(world, mesh, manifest, labels, loader, objective, engine, flops)
 
 
-def open_labels(config: RunConfig, manifest: Manifest) -> LabelCache | None:
-    """The stored targets that a run reads, or None where it computes its targets or has none.
-
-    Raises:
-        DataError: unfinished, incomplete, or made from another teacher, autoencoder, data or settings.
-    """
+def _open_labels(config: RunConfig, manifest: Manifest, world: World) -> LabelCache | None:
+    """The stored targets that a run reads, or None where it computes its targets or has none."""
     concepts = config.concepts
     if config.objective.name != "cocomix" or concepts is None or concepts.source != "cache":
         return None
-    wanted = label_settings(concepts, config.data, manifest, rows_per_pass=config.train.microbatch_size)
-    return open_label_cache(config.data, labels_place(concepts, config.data), wanted)
-
-
-def _warn_unchecked(config: RunConfig, labels: LabelCache | None, world: World) -> None:
-    """Say which of the files that the labels were made from are not here to be compared."""
-    if labels is None or config.concepts is None or not world.is_main:
-        return
-    for key, path in (("concepts.teacher", config.concepts.teacher), ("concepts.sae", config.concepts.sae)):
-        if not Path(path).exists():
+    labels = open_labels(concepts, config.data, manifest)
+    for key, path in (("concepts.teacher", concepts.teacher), ("concepts.sae", concepts.sae)):
+        if world.is_main and not Path(path).exists():
             logger.warning("%s=%s is not there: %s is taken on trust", key, path, labels.place)
+    return labels
 
 
 def _check_batch(config: RunConfig, mesh: Mesh) -> None:

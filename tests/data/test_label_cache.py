@@ -23,6 +23,7 @@ from data.source import open_label_cache, windows_per_chunk
 from data.storage import LocalStorage
 from data.stream import read_chunk
 from data.verify import main as verify
+from tests.data.http_server import serving
 
 SEQ_LEN = 32
 NUM_TARGETS = 3
@@ -113,6 +114,26 @@ def test_batches_bring_the_labels_of_their_windows(shard_folder: Path, labels: P
         for batch in validation_batches(config, share=1.0, rows=5, rank=rank, world_size=2, labels=cache):
             assert batch.targets is not None
             assert np.array_equal(batch.targets.numpy(), labels_of(batch.tokens.numpy()))
+
+
+def test_labels_behind_a_url(shard_folder: Path, labels: Path, tmp_path: Path) -> None:
+    """Catches remote shards whose labels must lie here, and labels that the node's cache mixes up."""
+    shards = tmp_path / "shards"
+    shutil.copytree(shard_folder, shards)
+    shutil.copytree(labels, shards / "labels")
+    with serving(shards) as (url, behaviour):
+        config = config_of(shards, dir=url, cache_dir=str(tmp_path / "cache"), remote_timeout_s=4.0)
+        for first in (True, False):
+            behaviour.requests.clear()
+            behaviour.truncate = 2 * first
+            cache = open_label_cache(config, f"{url}/labels", settings_of(read_manifest(shards)))
+            loader = TokenLoader(config, rows_per_step=12, rank=0, world_size=1, labels=cache)
+            for _ in range(9):
+                batch = next(loader)
+                assert batch.targets is not None
+                assert np.array_equal(batch.targets.numpy(), labels_of(batch.tokens.numpy()))
+            loader.close()
+            assert any(".u16 bytes=" in request for request in behaviour.requests) == first
 
 
 def test_microbatches_and_no_labels(shard_folder: Path, labels: Path) -> None:
@@ -209,15 +230,15 @@ def test_labels_of_something_else_are_refused(shard_folder: Path, labels: Path, 
     """Catches targets of another teacher, dictionary, tokenisation or window length."""
     others = {"data": "c" * 64, "teacher": "c" * 64, "sae": "c" * 64, "seq_len": 16, "num_targets": 4,
               "num_concepts": 7, "sae_layer": 1, "attribution": "abs", "mask_non_positive": False,
-              "precision": "bf16", "arithmetic": 2}  # fmt: skip
-    assert set(others) == {field.name for field in dataclasses.fields(LabelSettings)} - {"rows_per_pass"}
+              "precision": "bf16", "arithmetic": 2, "rows_per_pass": 1}  # fmt: skip
+    assert set(others) == {field.name for field in dataclasses.fields(LabelSettings)}
     for name, value in others.items():
         with pytest.raises(DataError, match=f"do not fit, {name} was .* and is [^,]*;") as caught:
             opened(shard_folder, labels, **{name: value})
         assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="teacher was aaaaaaaaaaaa... and is cccccccccccc..., seq_len was 32"):
         opened(shard_folder, labels, teacher="c" * 64, seq_len=8)
-    opened(shard_folder, labels, rows_per_pass=1, teacher=None, sae=None)
+    opened(shard_folder, labels, rows_per_pass=None, teacher=None, sae=None)
 
 
 def test_a_folder_is_continued_for_the_same_settings_only(

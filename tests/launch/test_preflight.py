@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from launch.gpus import Gpu, parse_gpus
-from launch.preflight import check, check_batch, check_disk, check_gpus, main
+from launch.preflight import check, check_batch, check_concepts, check_disk, check_gpus, main
 from launch.workers import Place
 from tests.launch.runs import ROOT, RunMaker
+from tests.trainer.tiny_run import tiny_config, write_tiny_world
 from trainer.config import RunConfig
 from trainer.config_io import load_config
 
@@ -42,6 +44,15 @@ def test_failures_come_first(runs: RunMaker, tmp_path: Path, capsys: pytest.Capt
     assert f"{tmp_path}/nowhere: no such folder" in lines[1]
     assert not any("FAIL" in line for line in lines[2:])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_reads_its_targets_needs_them_and_no_teacher(tmp_path: Path) -> None:
+    """Catches a run that waits in a queue for labels that nobody has made."""
+    changes = {"concepts__source": "cache", "concepts__teacher": "nowhere", "concepts__sae": "nowhere"}
+    world = write_tiny_world(tmp_path / "world")
+    found = check("teacher, SAE", partial(check_concepts, tiny_config(world, tmp_path / "run", **changes)))
+    assert found.outcome == "FAIL"
+    assert "no labels.json, so there are no finished labels; python -m trainer.concepts.label" in str(found)
 
 
 def test_short_shard(

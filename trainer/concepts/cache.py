@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data.config import DataConfig
-from data.label_cache import DEFAULT_FOLDER, LabelSettings
+from data.label_cache import DEFAULT_FOLDER, LabelCache, LabelSettings
 from data.manifest import Manifest
 from data.shards import hash_file
+from data.source import open_label_cache
 from trainer.concepts.extractor import MAX_PACKED_ID
 from trainer.concepts.sae_formats import sae_files
 from trainer.config import ConceptsConfig
@@ -25,8 +26,18 @@ def labels_place(concepts: ConceptsConfig, data: DataConfig) -> str:
     return f"{data.dir.rstrip('/')}/{DEFAULT_FOLDER}" if concepts.labels is None else concepts.labels
 
 
+def open_labels(concepts: ConceptsConfig, data: DataConfig, manifest: Manifest) -> LabelCache:
+    """The stored targets that a run reads.
+
+    Raises:
+        ValueError: no targets can be stored for such a dictionary.
+        DataError: unfinished, incomplete, or made from another teacher, autoencoder, data or settings.
+    """
+    return open_label_cache(data, labels_place(concepts, data), label_settings(concepts, data, manifest))
+
+
 def label_settings(
-    concepts: ConceptsConfig, data: DataConfig, manifest: Manifest, *, rows_per_pass: int
+    concepts: ConceptsConfig, data: DataConfig, manifest: Manifest, *, rows_per_pass: int | None = None
 ) -> LabelSettings:
     """What decides the targets of a run; reads every byte of teacher and autoencoder.
 

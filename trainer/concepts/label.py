@@ -135,7 +135,7 @@ class _LabelProgress:
 
     def close(self) -> None:
         if self._shown:
-            self._progress.close()
+            self._progress.close(f"{self._found:,} windows have labels")
 
 
 def _main(args: argparse.Namespace) -> None:
