@@ -337,6 +337,12 @@ class RunConfig:
         if self.objective.name == "cocomix":
             assert self.model is not None
             assert self.concepts is not None
+            for key in ("shard_teacher", "shard_sae"):
+                if self.concepts.source == "cache" and getattr(self.parallel, key):
+                    raise ValueError(
+                        f"parallel.{key}=true does not fit concepts.source=cache: neither teacher nor "
+                        "autoencoder is loaded"
+                    )
             if self.concepts.insert_layer >= self.model.n_layer:
                 raise ValueError(
                     f"concepts.insert_layer={self.concepts.insert_layer} must be below "

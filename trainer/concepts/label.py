@@ -142,6 +142,11 @@ def _main(args: argparse.Namespace) -> None:
     config = load_config(RunConfig, args.config, args.overrides)
     if config.objective.name != "cocomix":
         raise ConfigError(f"{args.config}: objective.name={config.objective.name} must be cocomix")
+    if config.parallel.shard_teacher or config.parallel.shard_sae:
+        raise ConfigError(
+            "labelling needs parallel.shard_teacher=false and parallel.shard_sae=false: each process labels "
+            "other windows at its own pace"
+        )
     assert config.concepts is not None
     world = start_world(config.run.device, config.parallel.timeout_s)
     try:

@@ -316,6 +316,11 @@ def test_the_command_line(tiny_world: Path, tmp_path: Path) -> None:
         (["--concepts.num_concepts=65536"], "num_concepts=65536 must be at most 65535 for stored targets"),
         (["--concepts.labels=s3://bucket/labels"], "concepts.labels=s3://bucket/labels must be a folder"),
         (["--concepts.teacher=nowhere", "--concepts.num_targets=1"], "nowhere: model not found"),
+        (["--parallel.shard_teacher=true"], "labelling needs parallel.shard_teacher=false"),
+        (
+            ["--parallel.shard_teacher=true", "--concepts.source=cache"],
+            "parallel.shard_teacher=true does not fit concepts.source=cache",
+        ),
     ]
     for arguments, message in refusals:
         code, _, err = label_main_in_child(["--config", str(path), *arguments])
