@@ -335,6 +335,9 @@ def _as_on_a_gpu(meter: Meter) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_replaced(chunks, "_CPU_ELEMENTS", chunks._CUDA_ELEMENTS))
         stack.enter_context(_replaced(topk, "order_ties", lambda _, __, *best: topk.sorted_by_id(*best)))
+        stack.enter_context(_replaced(chunks, "_CPU_BLOCK_ELEMENTS", chunks._CUDA_BLOCK_ELEMENTS))
+        # Its products have copies that a GPU's have not.
+        stack.enter_context(_replaced(torch.backends.mkldnn, "enabled", False))
         stack.enter_context(_replaced(torch.UntypedStorage, "resize_", metered_resize))
         stack.enter_context(
             _replaced(ShardingPropagator, "_propagate_tensor_meta_non_cached", muted_inference)

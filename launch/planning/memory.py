@@ -24,6 +24,8 @@ FP32 = 4
 INT64 = 8
 CHUNK_ELEMENTS = 2**28
 """Elements of one chunk of logits on a GPU, as ``trainer.kernels.chunks`` cuts them."""
+BLOCK_ELEMENTS = 2**25
+"""Elements of a chunk's rows that are turned into fp32 at a time, there too."""
 SAE_CHUNK_ROWS = 1024
 """Tokens that the autoencoder encodes at a time."""
 COPIES_OF_ADAM = 2
@@ -119,18 +121,21 @@ def chunk_rows(tokens: int, columns: int) -> int:
     return min(tokens, max(1, CHUNK_ELEMENTS // columns))
 
 
-def chunk_bytes(tokens: int, columns: int, per_element: int, left_over: int) -> int:
-    """Largest temporaries of a pass over chunks of logits.
+def chunk_bytes(rows: int, columns: int, element: int, per_block: int) -> int:
+    """Bytes of a chunk of logits in work.
 
     Args:
-        tokens, columns: of all logits.
-        per_element: bytes of a chunk in work.
-        left_over: bytes of the chunk before it, whose names are bound until the next one's are.
+        rows, columns: of the chunk.
+        element: bytes of a logit.
+        per_block: bytes beside each logit of the block of rows in work.
     """
-    first = chunk_rows(tokens, columns)
-    second = min(first, tokens - first)
-    after = second * per_element + first * left_over if second else 0
-    return columns * max(first * per_element, after)
+    block = min(rows, max(1, BLOCK_ELEMENTS // columns))
+    return columns * (rows * element + block * per_block)
+
+
+def fp32_copies(element: int) -> int:
+    """Bytes beside a logit of the block in work: its probability, and before it the logit itself in fp32."""
+    return FP32 if element == FP32 else 2 * FP32
 
 
 def attention_kept(s: _Sizes, positions: int) -> int:
@@ -258,12 +263,10 @@ def _extraction(book: Book, config: RunConfig, layout: Layout, teacher: Teacher,
     # Norm input twice, queries, keys, values and their mixture, the inner width before gelu.
     kept = (teacher.n_layer - 1 - concepts.sae_layer) * (10 * stream + FP32 * tokens * teacher.n_head)
     columns = padded(teacher.vocab_size)
-    copies = FP32 + (element if element < FP32 else 0)
     book.note(
         "targets: the teacher's head",
-        workspace=FP32 * chunk_rows(tokens, columns) * columns,
         extraction=kept + 4 * stream,
-        extraction_logits=chunk_bytes(tokens, columns, copies, copies),
+        extraction_logits=chunk_bytes(chunk_rows(tokens, columns), columns, element, fp32_copies(element)),
         teacher_gathered=element * _teacher_gathered(teacher, layout) if parallel.shard_teacher else 0,
     )
     streams = 2 * stream
@@ -325,22 +328,35 @@ def _hold_blocks(book: Book, s: _Sizes, name: str, count: int, positions: int) -
         book.hold(**{f"{name}_MLP": count * mlp_kept(s, positions)})
 
 
-def _merge_bytes(s: _Sizes) -> int:
-    """Bytes per logit while log-sum-exp and maximum of this rank's columns are taken."""
-    return 3 * FP32 if s.tp > 1 else 0
+def _logits(s: _Sizes, columns: int) -> int:
+    """Largest temporaries of a head beside its gradients, of which the weight's are made by the first chunk.
+
+    A chunk of logits is reduced and replaced by its gradient, then multiplied; one chunk is alive at a time.
+    """
+    weight, per_block = columns * s.model.d_model, fp32_copies(s.element)
+    first = chunk_rows(s.tokens, columns)
+    second = min(first, s.tokens - first)
+    found = max(
+        chunk_bytes(first, columns, s.element, per_block) - FP32 * weight,
+        chunk_bytes(first, columns, s.element, 0) + s.cast * weight,
+    )
+    if second:
+        found = max(
+            found,
+            chunk_bytes(second, columns, s.element, per_block),
+            chunk_bytes(second, columns, s.element, 0) + s.element * weight,
+        )
+    return found
 
 
 def _concept_head(book: Book, s: _Sizes, gathered_blocks: int) -> None:
     """Loss, top-K and their gradients in one pass; gradients stay until backward."""
     weight = s.dictionary * s.model.d_model
     book.hold(concept_head_gradients=FP32 * (weight + s.dictionary) + s.stream(s.tokens))
-    forward = chunk_bytes(s.tokens, s.dictionary, max(2 * FP32, _merge_bytes(s)), FP32)
-    gradient = chunk_bytes(s.tokens, s.dictionary, FP32 + s.cast, 0) + s.element * weight
     book.note(
         "forward: concept head",
-        workspace=FP32 * chunk_rows(s.tokens, s.dictionary) * s.dictionary if s.tp == 1 else 0,
         concept_mixer=mixer_kept(s) + 2 * FP32 * s.tokens * s.model.d_model // s.tp,
-        logits=max(forward, gradient),
+        logits=_logits(s, s.dictionary),
         gathered_weights=_gathered_weights(s, gathered_blocks),
         gather_buffer=_gather_buffer(s),
     )
@@ -351,13 +367,10 @@ def _lm_head(book: Book, s: _Sizes, gathered_blocks: int) -> None:
     weight = s.vocabulary * s.model.d_model
     norm = s.stream(s.tokens) if s.tp == 1 else s.stream(s.tokens) + s.stream(s.tokens) // s.tp
     book.hold(LM_head_gradients=FP32 * weight + s.stream(s.tokens))
-    forward = chunk_bytes(s.tokens, s.vocabulary, max(FP32 + s.cast, _merge_bytes(s)), FP32 + s.cast)
-    gradient = chunk_bytes(s.tokens, s.vocabulary, FP32 + s.cast, 0) + s.element * weight
     book.note(
         "forward: LM head",
-        workspace=FP32 * chunk_rows(s.tokens, s.vocabulary) * s.vocabulary if s.tp == 1 else 0,
         final_norm_output=norm,
-        logits=max(forward, gradient),
+        logits=_logits(s, s.vocabulary),
         gathered_weights=_gathered_weights(s, gathered_blocks),
         gather_buffer=_gather_buffer(s),
     )
@@ -368,7 +381,7 @@ def _backward(book: Book, s: _Sizes, *, reshard: bool, accumulated: bool) -> Non
     weight = s.vocabulary * s.model.d_model
     book.note(
         "backward: LM head",
-        scaled_gradients=(FP32 + s.cast) * weight + s.stream(s.tokens),
+        cast_gradients=s.cast * weight,
         gathered_weights=_gathered_weights(s, 1 if reshard else s.model.n_layer),
     )
     book.drop("LM_head_gradients")
@@ -404,14 +417,12 @@ def _backward_block(book: Book, s: _Sizes, *, reshard: bool, accumulated: bool) 
 
 
 def _backward_mixer(book: Book, s: _Sizes, *, reshard: bool, accumulated: bool) -> None:
-    """The concept head's gradients are scaled while the K kept values add theirs, row by row."""
+    """The K kept values add their gradients to the concept head's; the compress weight has its own."""
     assert s.concepts is not None
-    weight, width = s.dictionary * s.model.d_model, s.model.d_model
-    rows = chunk_rows(s.tokens, s.concepts.top_k * width)
+    weight, kept = s.dictionary * s.model.d_model, s.tokens * s.concepts.top_k
     book.note(
         "backward: concept head",
-        scaled_gradients=(FP32 + s.element) * weight + s.stream(s.tokens),
-        sparse_rows=FP32 * rows * width * (s.concepts.top_k + 1),
+        sparse_gradients=s.element * weight + FP32 * weight + kept * (FP32 + s.element + 3 * INT64),
         streams=2 * s.stream(s.tokens) // s.tp,
         reduction_buffer=_reduction_buffer(s, accumulated),
         gathered_weights=_gathered_weights(s, 1 if reshard else s.concepts.insert_layer),

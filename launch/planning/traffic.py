@@ -129,7 +129,7 @@ def _tensor_parallel(
     both = (gathered + summed) * stream
     yield Transfer("activations", "tp", "all-gather", both, exposed=True)
     yield Transfer("activations", "tp", "reduce-scatter", both, exposed=True)
-    yield Transfer("LM head's exchange", "tp", "all-gather", 3 * FP32 * tokens * layout.tp, exposed=True)
+    yield Transfer("LM head's exchange", "tp", "all-gather", 2 * FP32 * tokens * layout.tp, exposed=True)
     whole = sum(
         parameter.elements(1) * count
         for unit, count in layout.units()
@@ -159,7 +159,7 @@ def _concept_path(
 ) -> Iterator[Transfer]:
     """The dictionary's and the target ids' exchange."""
     tokens = layout.rows_per_rank * seq_len
-    numbers = 3 + 2 * concepts.top_k
+    numbers = 2 + 2 * concepts.top_k
     head = FP32 * numbers * tokens * layout.tp
     yield Transfer("concept head's exchange", "tp", "all-gather", head, exposed=True)
     values = element * concepts.top_k * tokens

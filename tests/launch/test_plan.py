@@ -116,7 +116,12 @@ def test_every_switch(name: str, ranks: int, overrides: tuple[str, ...], measure
 
 
 MOMENTS = {
-    "forward: concept head": ("--model.vocab_size=3000", "--model.n_layer=2", "--concepts.insert_layer=1"),
+    "forward: concept head": (
+        "--model.vocab_size=3000",
+        "--model.n_layer=2",
+        "--concepts.insert_layer=1",
+        "--concepts.num_concepts=65536",
+    ),
     "backward: concept head": (*SHALLOW, "--model.vocab_size=3000"),
     "backward: top block": (
         *SHALLOW,

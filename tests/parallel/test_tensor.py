@@ -163,7 +163,7 @@ def test_concept_head_over_ranks_equals_one(num_valid: int) -> None:
 
 @pytest.mark.dist
 def test_concept_head_sends_one_gather_per_chunk_of_the_stated_size() -> None:
-    """Catches logits, or a second message, on the wire: 3 + 2K numbers of 4 bytes per token and rank."""
+    """Catches logits, or a second message, on the wire: 2 + 2K numbers of 4 bytes per token and rank."""
 
     def work(world: World) -> list[int]:
         tp = _group()
@@ -180,7 +180,7 @@ def test_concept_head_sends_one_gather_per_chunk_of_the_stated_size() -> None:
         )
         return sent
 
-    assert run_ranks(work, 2) == [[10 * (3 + 2 * 8) * 4]] * 2
+    assert run_ranks(work, 2) == [[10 * (2 + 2 * 8) * 4]] * 2
 
 
 def test_uneven_parts_are_refused() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.tensor import TensorGroup, local
+from trainer.kernels.matmul import linear
 from trainer.kernels.topk import join, merge_top_k, pick
 from trainer.kernels.vocabulary import LocalColumns
 
@@ -195,7 +196,7 @@ def preactivations(centered: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         # The tensor cores accumulate in fp32; only a rounded output would lose the order of the latents.
         product = torch.mm(centered.to(weight.dtype), weight.t(), out_dtype=torch.float32)
         return product.add_(bias.float())
-    return torch.addmm(bias.float(), centered, weight.float().t())
+    return linear(centered, weight.float(), bias.float())
 
 
 def sum_of_rows(values: Tensor, ids: Tensor, table: Tensor) -> Tensor:

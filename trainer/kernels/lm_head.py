@@ -2,7 +2,7 @@
 
 The gradients of a summed cross entropy do not depend on what follows it but for one scalar, so
 they are taken in the forward, while a chunk's probabilities are at hand, and scaled in the backward.
-Tensor-parallel ranks hold parts of the vocabulary and exchange three numbers per token.
+Tensor-parallel ranks hold parts of the vocabulary and exchange two numbers per token.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from parallel.tensor import TensorGroup
 from trainer.kernels.chunks import row_chunks
+from trainer.kernels.head_gradients import HeadGradients
+from trainer.kernels.matmul import matmul
 from trainer.kernels.reference import IGNORED_LABEL
-from trainer.kernels.vocabulary import LocalColumns, merge_logsumexp
+from trainer.kernels.vocabulary import LocalColumns, cross_entropy_
 
 
 class _LMHead(torch.autograd.Function):
@@ -23,43 +25,36 @@ class _LMHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, columns: LocalColumns, with_grad: bool
     ) -> Tensor:
-        need_hidden = with_grad and ctx.needs_input_grad[0]
-        need_weight = with_grad and ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        need_hidden, need_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
+        grads = HeadGradients(
+            hidden, weight, need_hidden=need_hidden, need_weight=need_weight, need_bias=False
+        )
         loss = hidden.new_zeros((), dtype=torch.float32)
+        valid = (labels != IGNORED_LABEL).float().unsqueeze(1)
         for rows in row_chunks(hidden.shape[0], weight.shape[0], hidden.device):
             part = hidden[rows]
-            logits = columns.mask_padding_((part @ weight.t()).float())
-            index, here = columns.find(labels[rows].unsqueeze(1))
-            picked = logits.gather(1, index).masked_fill(~here, 0)
-            lse, (label_logit,) = merge_logsumexp(logits, [picked], columns.tp)
-            valid = (labels[rows] != IGNORED_LABEL).unsqueeze(1)
-            loss += ((lse - label_logit) * valid).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            probs = logits.sub_(lse).exp_().mul_(valid)
-            probs.scatter_add_(1, index, -here.to(probs.dtype))
-            probs = probs.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(probs, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight += probs.t() @ part
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+            logits = columns.mask_padding_(matmul(part, weight.t()))
+            found = cross_entropy_(
+                logits,
+                labels[rows].unsqueeze(1),
+                valid[rows],
+                0,
+                columns,
+                with_grad=need_hidden or need_weight,
+            )
+            loss += found.loss
+            if need_hidden or need_weight:
+                grads.add(rows, logits, part, weight)
+            del logits  # before the next chunk's are made
+        ctx.grads, ctx.weight_dtype = grads, weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grads[0]
-        return (
-            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-        )
+        found = HeadGradients.taken_from(ctx)
+        found.scale_(grads[0])
+        grad_weight = None if found.weight is None else found.weight.to(ctx.weight_dtype)
+        return found.hidden, grad_weight, None, None, None
 
 
 def lm_head_loss(
@@ -77,7 +72,8 @@ def lm_head_loss(
         tp: the ranks that hold the other rows.
 
     Returns:
-        fp32 scalar, the same on all ranks of ``tp``; divide by the global number of tokens.
+        fp32 scalar, the same on all ranks of ``tp``; divide by the global number of tokens. It can be
+        differentiated once.
     """
     columns = LocalColumns(vocab_size, weight.shape[0], tp or TensorGroup())
     loss: Tensor = _LMHead.apply(hidden, weight, labels, columns, torch.is_grad_enabled())

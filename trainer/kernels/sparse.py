@@ -1,8 +1,8 @@
 """Products with a row-sparse matrix that has K entries per token, given as (values, ids).
 
-With S (N, M) holding ``values_nk`` at column ``ids_nk``: :func:`sparse_decode` is S W,
-:func:`add_sparse_weight_grad` adds S^T X, :func:`sparse_dots` is X W^T at the entries of S.
-None of them forms an (N, M) or (N, K, D) tensor. Definitions: ``trainer.kernels.reference``.
+With S (N, M) holding ``values_nk`` at column ``ids_nk``: :func:`sparse_sums` and, differentiable,
+:func:`sparse_decode` are S W, :func:`sparse_weight_grad` is S^T X, :func:`sparse_dots` is X W^T at the
+entries of S. None of them forms an (N, M) or (N, K, D) tensor. Definitions: ``trainer.kernels.reference``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.kernels.chunks import row_chunks
+
+def sparse_sums(values: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    """y_n = sum_k values_nk W[ids_nk]; values, ids (N, K), weight (M, D) -> (N, D) in the weight's dtype."""
+    return F.embedding_bag(ids, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
 
 
 def sparse_dots(rows: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
@@ -24,29 +27,38 @@ def sparse_dots(rows: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     """
     with torch.enable_grad():
         probe = torch.ones(ids.shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
-        bags = F.embedding_bag(ids, weight.detach(), per_sample_weights=probe, mode="sum")
+        bags = sparse_sums(probe, ids, weight.detach())
         (dots,) = torch.autograd.grad(bags, probe, rows.detach().to(weight.dtype))
     return dots
 
 
-def add_sparse_weight_grad(grad: Tensor, coefficients: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """grad[ids_nk] += coefficients_nk rows_n, in place.
+def sparse_weight_grad(coefficients: Tensor, ids: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """G[m] = sum over (n, k) with ids_nk = m of coefficients_nk rows_n; result (num_rows, D) fp32.
 
-    grad is (M, D) fp32, coefficients and ids are (N, K), rows is (N, D). Sums are fp32: a popular
-    concept collects thousands of summands.
+    coefficients and ids are (N, K), rows is (N, D). Sums are fp32, because a popular concept collects
+    thousands of summands, and in a fixed order: ids are sorted and every row of G is summed by itself.
     """
-    num_rows, top_k = ids.shape
-    width = rows.shape[1]
-    for part in row_chunks(num_rows, top_k * width, rows.device):
-        scaled = coefficients[part, :, None].float() * rows[part, None, :].float()
-        grad.index_add_(0, ids[part].reshape(-1), scaled.view(-1, width))
+    num_bags, top_k = ids.shape
+    nothing = ids.new_empty(0)  # what other modes than the sum would ask for
+    # Not through autograd, which would want an (M, D) fp32 table to differentiate.
+    return torch.ops.aten._embedding_bag_dense_backward(
+        rows.float().contiguous(),
+        ids.flatten(),
+        torch.arange(num_bags, device=ids.device).repeat_interleave(top_k),
+        nothing,
+        nothing,
+        num_rows,
+        False,
+        0,
+        coefficients.float().flatten(),
+    )
 
 
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(values, ids, weight)
-        return F.embedding_bag(ids, weight, per_sample_weights=values, mode="sum")
+        return sparse_sums(values, ids, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
@@ -55,9 +67,7 @@ class _SparseDecode(torch.autograd.Function):
         grad_values = sparse_dots(grad_output, ids, weight) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[2]:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-            add_sparse_weight_grad(grad_weight, values, ids, grad_output)
-            grad_weight = grad_weight.to(weight.dtype)
+            grad_weight = sparse_weight_grad(values, ids, grad_output, len(weight)).to(weight.dtype)
         return grad_values, None, grad_weight
 
 

@@ -1,13 +1,14 @@
-"""Rows of logits of which a rank holds some columns: padding, lookup and a sum over all of them."""
+"""Rows of logits of which a rank holds some columns: padding, lookup, and the loss over all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from parallel.tensor import TensorGroup
+from trainer.kernels.logits import RowSummary, Targets, gradient_, logit_pass_, summarise
 
 
 class LocalColumns:
@@ -43,26 +44,60 @@ class LocalColumns:
         return index.masked_fill(~here, 0), here
 
 
-def merge_logsumexp(logits: Tensor, sums: Sequence[Tensor], tp: TensorGroup) -> tuple[Tensor, list[Tensor]]:
-    """Log-sum-exp of rows whose columns are spread over ranks, and sums of further columns.
+class RowLosses(NamedTuple):
+    """The loss of n rows of logits, and what else is kept of them; the same on all ranks."""
 
-    One all-gather of 2 + the columns of ``sums`` fp32 numbers per row.
+    loss: Tensor
+    """() fp32 sum over the rows, nats."""
+    values: Tensor
+    """(n, K) largest logits, largest first."""
+    ids: Tensor
+    """(n, K) int64, their global columns."""
+
+
+def cross_entropy_(
+    logits: Tensor, ids: Tensor, weights: Tensor, top_k: int, columns: LocalColumns, *, with_grad: bool
+) -> RowLosses:
+    """Weighted cross entropies of rows, and their K largest logits.
+
+    Ranks exchange 2 + 2K numbers of fp32 per row in one all-gather: log-sum-exp, the targets' weighted
+    logits, values and ids.
 
     Args:
-        logits: (n, local columns) fp32; a rank may have -inf only.
-        sums: (n, k) fp32 tensors to be added up over the ranks.
-        tp: the ranks.
-
-    Returns:
-        (n, 1) fp32 and the sums, the same on all ranks.
+        logits: (n, local columns); replaced by their gradient if ``with_grad``.
+        ids: (n, A) int64 global columns of the targets.
+        weights: (n, A) fp32 of the targets, 0 for none.
+        top_k: K, also 0.
+        columns: which columns these are.
+        with_grad: whether the gradient is wanted.
     """
-    if tp.size == 1:
-        return logits.logsumexp(-1, keepdim=True), list(sums)
-    highest = logits.amax(-1, keepdim=True)
-    # A rank whose columns are all padding has no finite maximum; it adds nothing.
-    total = (logits - highest.clamp_min(torch.finfo(logits.dtype).min)).exp().sum(-1, keepdim=True)
-    gathered = tp.all_gather(torch.cat([highest, total, *sums], dim=-1))
-    top = gathered[..., :1].amax(0)
-    summed = (gathered[..., 1:2] * (gathered[..., :1] - top).exp()).sum(0)
-    widths = [part.shape[-1] for part in sums]
-    return top + summed.log(), list(gathered[..., 2:].sum(0).split(widths, dim=-1))
+    index, here = columns.find(ids)
+    targets = Targets(index, weights * here, weights.sum(1, keepdim=True))
+    # Not by multiplying with the weight 0: the column that stands in for none may be -inf.
+    picked = logits.gather(1, index).float().masked_fill(~here, 0)
+    target_sum = (picked * targets.weights).sum(1, keepdim=True)
+    if columns.tp.size == 1:
+        # Alone, no other rank's columns have to be heard of between the sum and the gradient.
+        rows = logit_pass_(logits, targets, top_k) if with_grad else summarise(logits, top_k)
+    else:
+        rows = summarise(logits, min(top_k, logits.shape[1]))
+        rows, target_sum = _merge(rows, target_sum, top_k, columns)
+        if with_grad:
+            gradient_(logits, rows.lse, targets)
+    loss = (rows.lse * targets.total - target_sum).sum()
+    return RowLosses(loss, rows.values, rows.ids)
+
+
+def _merge(
+    own: RowSummary, target_sum: Tensor, top_k: int, columns: LocalColumns
+) -> tuple[RowSummary, Tensor]:
+    """Exact log-sum-exp, top-K and sum over all ranks' columns."""
+    ids = (own.ids + columns.start).to(torch.int32).view(torch.float32)  # bits, not values
+    gathered = columns.tp.all_gather(torch.cat([own.lse, target_sum, own.values.float(), ids], dim=-1))
+    lse = gathered[..., :1].logsumexp(0)
+    candidates = gathered[..., 2:].unflatten(-1, (2, -1))  # (tp, n, 2, k)
+    values = candidates[:, :, 0].transpose(0, 1).flatten(1)
+    all_ids = candidates[:, :, 1].contiguous().view(torch.int32).transpose(0, 1).flatten(1)
+    best = values.topk(top_k, dim=-1)
+    merged = RowSummary(lse, best.values.to(own.values.dtype), all_ids.gather(1, best.indices).long())
+    return merged, gathered[..., 1:2].sum(0)

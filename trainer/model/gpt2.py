@@ -18,6 +18,7 @@ from parallel.plan import ParallelPlan
 from parallel.tensor import TensorGroup, local
 from trainer.config import ModelConfig
 from trainer.kernels.lm_head import lm_head_loss
+from trainer.kernels.matmul import linear
 from trainer.model.padding import padded
 
 TENSOR_DIMS = MappingProxyType(
@@ -112,7 +113,7 @@ class Attention(nn.Module):
             position = torch.arange(x.shape[1], device=x.device)
             mask = position <= position[read].unsqueeze(1)
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        partial = F.linear(mixed.transpose(1, 2).flatten(2), local(self.proj.weight))
+        partial = linear(mixed.transpose(1, 2).flatten(2), local(self.proj.weight))
         return self.tp.sum_to_sequence(partial) + local(self.proj.bias)
 
     def _project(self, x: Tensor, which: slice) -> tuple[Tensor, ...]:
@@ -121,7 +122,7 @@ class Attention(nn.Module):
         weight = local(self.qkv.weight).unflatten(0, by_kind)[:, which].flatten(0, 2)
         bias = local(self.qkv.bias).unflatten(0, by_kind)[:, which].flatten()
         kinds = len(range(3)[which])
-        out = F.linear(x, weight, bias).unflatten(-1, (-1, kinds, self.head_dim))
+        out = linear(x, weight, bias).unflatten(-1, (-1, kinds, self.head_dim))
         return out.permute(3, 0, 2, 1, 4).unbind(0)
 
 
@@ -137,8 +138,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, D) -> (B, T, D)."""
         x = self.tp.gather_sequence(x)
-        inner = F.gelu(F.linear(x, local(self.fc.weight), local(self.fc.bias)), approximate="tanh")
-        partial = F.linear(inner, local(self.proj.weight))
+        inner = F.gelu(linear(x, local(self.fc.weight), local(self.fc.bias)), approximate="tanh")
+        partial = linear(inner, local(self.proj.weight))
         return self.tp.sum_to_sequence(partial) + local(self.proj.bias)
 
 
@@ -234,7 +235,7 @@ class GPT2(nn.Module):
         Not differentiable under tensor parallelism: training reads losses.
         """
         hidden = self.tp.gather_sequence(self.ln_f(x))[:, :length]
-        logits = F.linear(hidden[:, -1:] if last_only else hidden, self.head_weight)
+        logits = linear(hidden[:, -1:] if last_only else hidden, self.head_weight)
         if self.tp.size > 1:
             logits = self.tp.all_gather(logits).movedim(0, -2).flatten(-2)
         return logits[..., : self.config.vocab_size]

@@ -1,0 +1,74 @@
+"""The gradients of a linear head whose logits exist for a few rows at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.kernels.matmul import matmul
+from trainer.kernels.sparse import sparse_sums, sparse_weight_grad
+
+
+class HeadGradients:
+    """Gradients of hidden rows (N, D), weight (C, D) and bias (C,), added up over chunks of rows.
+
+    Weight and bias are summed in fp32, because many tokens add up.
+
+    Args:
+        hidden, weight: the head's input and weight.
+        need_hidden, need_weight, need_bias: which gradients are wanted.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, *, need_hidden: bool, need_weight: bool, need_bias: bool
+    ) -> None:
+        self.hidden = torch.empty_like(hidden) if need_hidden else None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self._need_weight, self._need_bias = need_weight, need_bias
+
+    @staticmethod
+    def taken_from(ctx: Any) -> HeadGradients:
+        """The gradients that a forward left in ``ctx.grads``, for its one backward to change in place.
+
+        Raises:
+            RuntimeError: backward ran before.
+        """
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("a head's gradients are gone after its first backward")
+        assert isinstance(grads, HeadGradients)
+        return grads
+
+    def add(self, rows: slice, dlogits: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Add what logit gradients (n, C) of a chunk of rows bring; ``hidden`` are its rows (n, D)."""
+        if self._need_bias:
+            self.bias = _sum(self.bias, dlogits.sum(0, dtype=torch.float32))
+        if self.hidden is not None:
+            self.hidden[rows] = matmul(dlogits, weight)
+        if self._need_weight:
+            self.weight = _sum(self.weight, matmul(dlogits.t(), hidden).float())
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply all by a scalar."""
+        for gradient in (self.hidden, self.weight, self.bias):
+            if gradient is not None:
+                gradient.mul_(factor)
+
+    def drop(self) -> None:
+        """Back to nothing."""
+        self.hidden = self.weight = self.bias = None
+
+    def add_values(self, grad_values: Tensor, ids: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Add what gradients (N, K) of single logits bring, all rows at once: K weight rows per token."""
+        self.hidden = _sum(self.hidden, sparse_sums(grad_values, ids, weight))
+        self.weight = _sum(self.weight, sparse_weight_grad(grad_values, ids, hidden, len(weight)))
+        if self.bias is None:
+            self.bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
+        self.bias.index_add_(0, ids.flatten(), grad_values.flatten().float())
+
+
+def _sum(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)
