@@ -44,6 +44,11 @@ def open_source(config: DataConfig) -> Source:
     return Source(storage, manifest)
 
 
+def open_manifest(config: DataConfig) -> Manifest:
+    """The manifest alone, without a look at the shards; DataError as :func:`open_source`."""
+    return _open(config).manifest
+
+
 def open_tokenizer(config: DataConfig) -> Tokenizer:
     """The tokenizer that made the tokens.
 

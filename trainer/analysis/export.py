@@ -31,8 +31,9 @@ from trainer.analysis.model_card import model_card
 from trainer.analysis.trained import TrainedModel, open_trained
 from trainer.checkpoint.store import CheckpointError
 from trainer.config_io import dump_config
+from trainer.model.authors import authors_settings
 from trainer.model.cocomix import CoCoMix
-from trainer.model.formats import authors_settings, concepts_of, published_config, save_model
+from trainer.model.formats import concepts_of, published_config, save_model
 from trainer.model.gpt2 import GPT2
 
 ExportFormat = Literal["hf", "authors"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
-from data.manifest import MANIFEST_NAME, read_manifest
+from data.manifest import DataError
+from data.source import open_manifest
 from trainer.analysis.curves import LOSS_KEY
 from trainer.analysis.trained import TrainedModel
 from trainer.config import RunConfig
@@ -96,9 +96,10 @@ def _model_rows(trained: TrainedModel) -> list[Row]:
 
 def _data_rows(config: DataConfig) -> list[Row]:
     rows: list[Row] = [("folder", f"`{config.dir}`")]
-    if not (Path(config.dir) / MANIFEST_NAME).is_file():
+    try:
+        manifest = open_manifest(config)
+    except DataError:  # gone since; a tokenizer was given in its place
         return rows
-    manifest = read_manifest(config.dir)
     keys = ("corpus", "corpus_files", "corpus_bytes", "corpus_sha256", "val_fraction", "seed")
     rows += [(key.replace("_", " "), manifest.recipe[key]) for key in keys if key in manifest.recipe]
     rows += [

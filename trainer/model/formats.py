@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from data.files import replace_file, replace_text
 from trainer.config import ConceptsConfig, ModelConfig
+from trainer.model.authors import read_authors_sizes
 from trainer.model.cocomix import CoCoMix
 from trainer.model.gpt2 import GPT2
 from trainer.model.padding import padded
@@ -54,7 +54,6 @@ _TOP = {
 _TRANSPOSED = re.compile(r"(attn\.(qkv|proj)|mlp\.(fc|proj))\.weight$|^mixer\.compress_weight$")
 _MASK_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")
 _CONCEPT_KEYS = ("num_concepts", "top_k", "insert_layer")
-_AUTHORS_KEYS = {"num_concepts": "concept_dim", "top_k": "concept_num", "insert_layer": "insert_layer_index"}
 
 
 def hf_name(name: str) -> str:
@@ -279,31 +278,16 @@ def load_model(path: str | Path) -> GPT2:
 
 
 def _concepts(folder: ModelFolder, tensors: Mapping[str, Tensor]) -> ConceptsConfig | None:
-    """Sizes of the concept path; ``None`` for a plain GPT-2."""
-    stored, prefix, path = folder.config.get("cocomix"), "cocomix.", folder.config_path
-    names = dict(zip(_CONCEPT_KEYS, _CONCEPT_KEYS, strict=True))
+    """Sizes of the concept path, from the authors' config.yaml where config.json has none; or ``None``."""
+    stored = folder.config.get("cocomix")
     if stored is None and any(name.endswith("concept_predictor.weight") for name in tensors):
-        names, prefix = _AUTHORS_KEYS, ""
-        # The authors' training writes config.yaml once, above the folders of the checkpoints.
-        beside, above = (place / "config.yaml" for place in (path.parent, path.parent.parent))
-        path = beside if beside.is_file() else above
-        stored = _read_settings(path)
+        stored = read_authors_sizes(folder.config_path.parent)
     if stored is None:
         return None
-    for key in names.values():
+    for key in _CONCEPT_KEYS:
         if not isinstance(stored.get(key), int):
-            raise ValueError(f"{path}: {prefix}{key} is missing or not an integer")
-    return student_concepts(**{ours: stored[theirs] for ours, theirs in names.items()})
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(2, "no such file: it must hold concept_dim, concept_num and more", str(path))
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    return settings if isinstance(settings, dict) else {}
+            raise ValueError(f"{folder.config_path}: cocomix.{key} is missing or not an integer")
+    return student_concepts(**{key: stored[key] for key in _CONCEPT_KEYS})
 
 
 def student_concepts(num_concepts: int, top_k: int, insert_layer: int) -> ConceptsConfig:
@@ -318,11 +302,6 @@ def concepts_of(model: GPT2) -> ConceptsConfig | None:
     if not isinstance(model, CoCoMix):
         return None
     return student_concepts(model.mixer.num_concepts, model.mixer.top_k, model.insert_layer)
-
-
-def authors_settings(concepts: ConceptsConfig) -> dict[str, int]:
-    """What the authors' loader reads from config.yaml."""
-    return {theirs: getattr(concepts, ours) for ours, theirs in _AUTHORS_KEYS.items()}
 
 
 def published_config(config: ModelConfig, concepts: ConceptsConfig | None) -> dict[str, Any]:

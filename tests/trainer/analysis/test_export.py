@@ -88,7 +88,7 @@ def test_a_folder_of_the_authors_loads(place: str, tmp_path: Path) -> None:
     sizes = {"n_embd": golden["d_model"], "activation_function": "gelu_new", "model_type": "gpt2"}
     sizes |= {key: golden[key] for key in ("n_layer", "n_head", "vocab_size", "n_positions")}
     (folder / "config.json").write_text(json.dumps(sizes))
-    with pytest.raises(FileNotFoundError, match=r"must hold concept_dim, concept_num and more"):
+    with pytest.raises(FileNotFoundError, match=r"must hold the concepts. sizes: concept_dim, concept_num"):
         load_model(folder)
     settings = folder / "config.yaml" if place == "beside" else folder.parent / "config.yaml"
     keys = ("concept_dim", "concept_num", "insert_layer_index")

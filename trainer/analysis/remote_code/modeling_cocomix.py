@@ -26,7 +26,7 @@ class CoCoMixConfig(PretrainedConfig):
     """GPT-2's sizes, and ``cocomix`` with ``num_concepts`` M, ``top_k`` K and ``insert_layer``."""
 
     model_type = "cocomix_gpt2"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012  (the library's own form)
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",
@@ -57,7 +57,8 @@ class CoCoMixConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         self.cocomix = cocomix or {"num_concepts": 32768, "top_k": 32, "insert_layer": 3}
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(**kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
 
 
 class CoCoMixAttention(nn.Module):
@@ -119,8 +120,8 @@ class CoCoMixPreTrainedModel(PreTrainedModel):
 
     config_class = CoCoMixConfig
     base_model_prefix = "transformer"
-    _no_split_modules = ("CoCoMixBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["CoCoMixBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     # Cutting n tokens off the cache would leave the upper blocks n concepts too long.
     _is_stateful = True
@@ -144,7 +145,7 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
         num_concepts = config.cocomix["num_concepts"]
         self.insert_layer = config.cocomix["insert_layer"]
         self.top_k = config.cocomix["top_k"]
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte: nn.Module = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList([CoCoMixBlock(config, layer) for layer in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -153,11 +154,11 @@ class CoCoMixModel(CoCoMixPreTrainedModel):
         self.compress_layer = nn.Linear(num_concepts, config.n_embd)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
         return self.wte
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
         self.wte = value
 
@@ -252,14 +253,14 @@ class CoCoMixForCausalLM(CoCoMixPreTrainedModel, GenerationMixin):
     def __init__(self, config: CoCoMixConfig) -> None:
         super().__init__(config)
         self.transformer = CoCoMixModel(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Linear:
+    def get_output_embeddings(self) -> nn.Module:
         """The language-model head."""
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Linear) -> None:
+    def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the language-model head."""
         self.lm_head = value
 
