@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import os
 import tarfile
@@ -36,6 +37,11 @@ class ShardLayout:
     chunk_tokens: int
     chunks_per_shard: int
 
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        """NumPy's type of a token."""
+        return np.dtype(f"<u{BYTES_PER_TOKEN[self.dtype]}")
+
 
 class SplitWriter:
     """Appends tokens to a split; a shard gets its final name when it is complete and on disk."""
@@ -50,7 +56,8 @@ class SplitWriter:
         self._documents = self._tokens = self._num_chunks = self._position = 0
         self._shards: list[Shard] = []
         self._chunks: list[Chunk] = []
-        self._pending = np.empty(0, dtype=self._stored_dtype)
+        self._pending: list[np.ndarray] = []
+        self._num_pending = 0
         if state is not None:
             self._restore(state)
         self._remove_later_shards()
@@ -77,31 +84,35 @@ class SplitWriter:
         """
         self._documents += documents
         self._tokens += len(tokens)
-        self._pending = np.concatenate([self._pending, tokens.astype(self._stored_dtype)])
+        self._pending.append(tokens.astype(self._layout.stored_dtype))
+        self._num_pending += len(tokens)
         size = self._layout.chunk_tokens
-        start = 0
-        while len(self._pending) - start > size:
-            self._write_chunk(self._pending[start : start + size + 1])
+        if self._num_pending <= size:
+            return
+        pending, start = np.concatenate(self._pending), 0
+        while len(pending) - start > size:
+            self._write_chunk(pending[start : start + size + 1])
             start += size
-        self._pending = self._pending[start:].copy()
+        self._pending, self._num_pending = [pending[start:].copy()], len(pending) - start
 
     def checkpoint(self) -> dict[str, Any]:
         """Make what is written durable and return the state (JSON-able) to continue from here."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        pending = b"".join(tokens.tobytes() for tokens in self._pending)
         return {
             "documents": self._documents,
             "tokens": self._tokens,
             "num_chunks": self._num_chunks,
             "shards": [shard_to_json(shard) for shard in self._shards],
             "open_shard": shard_to_json(Shard("", self._position, "", tuple(self._chunks))),
-            "pending": base64.b64encode(self._pending.tobytes()).decode("ascii"),
+            "pending": base64.b64encode(pending).decode("ascii"),
         }
 
     def finish(self) -> Split:
         """Write the last, shorter chunk, complete the last shard and return the split."""
-        if len(self._pending) > 1:  # a single token is the overlap of the chunk before
-            self._write_chunk(self._pending)
+        if self._num_pending > 1:  # a single token is the overlap of the chunk before
+            self._write_chunk(np.concatenate(self._pending))
         if self._chunks:
             self._complete_shard(open_next=False)
         else:
@@ -110,12 +121,9 @@ class SplitWriter:
         return Split(self._documents, self._tokens, tuple(self._shards))
 
     def close(self) -> None:
-        """Close the open file and leave everything as it is."""
-        self._file.close()
-
-    @property
-    def _stored_dtype(self) -> np.dtype[Any]:
-        return np.dtype(f"<u{BYTES_PER_TOKEN[self._layout.dtype]}")
+        """Close the open file and leave everything as it is; what a full disk refuses was never promised."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     @property
     def _shard_path(self) -> Path:
@@ -162,7 +170,8 @@ class SplitWriter:
         self._shards = [shard_from_json(shard, dtype) for shard in state["shards"]]
         open_shard = shard_from_json({**state["open_shard"], "name": "open"}, dtype)
         self._chunks, self._position = list(open_shard.chunks), open_shard.bytes
-        self._pending = np.frombuffer(base64.b64decode(state["pending"]), dtype=self._stored_dtype)
+        self._pending = [np.frombuffer(base64.b64decode(state["pending"]), dtype=self._layout.stored_dtype)]
+        self._num_pending = len(self._pending[0])
         for shard in self._shards:
             path = self._folder / shard.name
             if not path.is_file() or path.stat().st_size != shard.bytes:

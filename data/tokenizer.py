@@ -46,9 +46,11 @@ class Tokenizer:
         if eot is None:
             raise DataError(f"{name}: no end-of-text token, none of {', '.join(EOT_CANDIDATES)}")
         self._inner = inner
+        self.name = name
         self.json_bytes = json_bytes
         self.sha256 = hashlib.sha256(json_bytes).hexdigest()
         self.vocab_size = max(vocabulary.values()) + 1
+        self.eot = eot
         self.eot_id = vocabulary[eot]
 
     def encode(self, text: str) -> list[int]:
@@ -59,6 +61,10 @@ class Tokenizer:
         """Return one uint32 array of ids per text, the same ids as :meth:`encode`."""
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def num_pieces(self, token: str) -> int:
+        """Return how many tokens the merges alone make of a word as the vocabulary spells it."""
+        return len(self._inner.model.tokenize(token))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ``ids``, special tokens spelled out."""

@@ -78,6 +78,6 @@ def test_progress() -> None:
     assert last.startswith("reading: done in 0.0 s, 1 file")
     progress = Progress("reading", 100, stream=terminal)
     progress._last -= 1
-    progress.update(25, "note")
+    progress.update(25)
     assert terminal.getvalue().startswith("\rreading: [######..................]  25.0%")
     assert [format_duration(s) for s in (0, 61, 3723)] == ["0:00", "1:01", "1:02:03"]

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from data import prepare as prepare_module
 from data.manifest import DataError, Manifest, read_manifest
-from data.prepare import PrepareOptions, is_validation, main, prepare
+from data.prepare import PrepareOptions, main, prepare
+from data.shard_folder import ShardFolder
+from data.split import HashSplit
 from data.tokenizer import load_tokenizer
 from tests.data.conftest import NUM_DOCUMENTS, make_texts, read_tokens, write_jsonl
 
@@ -45,8 +46,9 @@ def test_tokens_are_the_documents_in_order(shard_folder: Path, manifest: Manifes
     """Catches lost, doubled or swapped documents, a missing end-of-text, a wrong split."""
     tokenizer = load_tokenizer(shard_folder)
     texts = make_texts(NUM_DOCUMENTS)
+    hash_split = HashSplit(2357, 0.1)
     for split, wanted in (("train", False), ("val", True)):
-        chosen = [text for n, text in enumerate(texts) if is_validation(2357, n, 0.1) is wanted]
+        chosen = [text for n, text in enumerate(texts) if (hash_split.place(n, n) is not None) is wanted]
         ids = [token for text in chosen for token in (*tokenizer.encode(text), tokenizer.eot_id)]
         assert read_tokens(shard_folder, manifest, split).tolist() == ids
         assert manifest.splits[split].documents == len(chosen)
@@ -148,12 +150,8 @@ def test_killed_while_several_processes_work(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     write_jsonl(corpus, make_texts(8000))
     arguments = ["--input", str(corpus), *ARGUMENTS, "--processes", "2"]
-    code = (
-        "import sys; from data import prepare; prepare.CHECKPOINT_S = 0; sys.exit(prepare.main(sys.argv[1:]))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments, "--out", str(tmp_path / "a")], stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-m", "data.prepare", *arguments, "--out", str(tmp_path / "a")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "a").glob("train-*.tar")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -236,7 +234,7 @@ def test_damaged_unfinished_shard_is_refused(corpus_file: Path, tmp_path: Path) 
     for damage in ("flip", "cut"):
         command = [sys.executable, "-c", KILLED_RUN, str(corpus_file), str(out), "60"]
         assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
-        state = json.loads((out / "progress.json").read_bytes())["splits"]["train"]
+        state = json.loads((out / "progress.json").read_bytes())["train"]
         assert state["open_shard"]["bytes"] > 0
         path = next(out.glob("train-*.tar.part"))
         raw = bytearray(path.read_bytes())
@@ -245,7 +243,7 @@ def test_damaged_unfinished_shard_is_refused(corpus_file: Path, tmp_path: Path) 
         with pytest.raises(DataError, match="changed since the interrupted run; --overwrite starts again"):
             prepare(_options(corpus_file, out))
         prepare(_options(corpus_file, out, overwrite=True))
-        prepare_module._discard(out)
+        ShardFolder(out, {}).discard()
 
 
 def _options(corpus: Path, out: Path, **more: object) -> PrepareOptions:
@@ -256,7 +254,7 @@ def _options(corpus: Path, out: Path, **more: object) -> PrepareOptions:
 def test_second_run_at_the_same_time_is_refused(corpus_file: Path, tmp_path: Path) -> None:
     """Catches two runs that write the same files."""
     with (
-        prepare_module._locked_folder(tmp_path / "out"),
+        ShardFolder(tmp_path / "out", {}).locked(),
         pytest.raises(DataError, match=r"another data\.prepare is writing it"),
     ):
         prepare(_options(corpus_file, tmp_path / "out"))

@@ -87,7 +87,7 @@ def _extractor(trained: TrainedModel, device: torch.device) -> TargetExtractor |
 def _with_progress(config: DataConfig, manifest: Manifest, args: argparse.Namespace) -> Any:
     batches = validation_batches(config, share=args.share, rows=args.batch_size, rank=0, world_size=1)
     tokens = manifest.splits["val"].tokens * args.share
-    progress = Progress(f"evaluating on {config.dir}", max(1, int(tokens)))
+    progress = Progress(f"evaluating on {config.dir}", max(1, int(tokens)), unit="ktokens", per_unit=1e3)
 
     def counted() -> Any:
         done = 0

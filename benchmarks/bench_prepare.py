@@ -1,0 +1,194 @@
+"""``python -m benchmarks.bench_prepare [--megabytes 24] [--tokenizer DIR] [--record]``: text to shards.
+
+CPU time of whole preparations (reading, tokenizing, writing) against the tokenizer alone, on generated
+documents. A rate is the slope between a short and a long corpus, so that the second that a start takes does
+not count. The tokenizer is measured again beside each preparation, so that drift of the machine falls on
+both; a case's rate is its median share of the tokenizer's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.data_suite import Row, make_rows, table
+from benchmarks.documents import generate_documents
+from benchmarks.layouts import write_corpus
+from benchmarks.record import Transcript, command_line, write_record
+from data.cli import run_cli
+from data.fast_bpe import FastEncoder
+from data.manifest import Manifest
+from data.prepare import PrepareOptions, prepare
+from data.tokenizer import Tokenizer, load_tokenizer, train_bpe, use_one_thread
+
+SUITE = "prepare"
+VOCAB_SIZE = 50257
+TRAINING_CHARACTERS = 30_000_000
+SHORT = 8
+"""The short corpus is the long one divided by this."""
+RAW = "the fast encoder alone"
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareBench:
+    """What is measured."""
+
+    megabytes: float = 24.0
+    """Text of the long corpus."""
+    repeats: int = 3
+    tokenizer: Path | None = None
+    """``None`` trains one of GPT-2's size on generated documents."""
+    layouts: tuple[str, ...] = ("arrow", "parquet", "subsets", "jsonl", "jsonl.gz", "jsonl.zst", "txt")
+    """The others are read by the same code."""
+    processes: int = 2
+    """Of the last case."""
+
+    def __post_init__(self) -> None:
+        if not self.megabytes > 0.0:
+            raise ValueError(f"--megabytes {self.megabytes} must be above 0")
+        for name in ("repeats", "processes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+
+
+def measure(bench: PrepareBench, folder: Path) -> list[Row]:
+    """Measure below an existing folder; the first row is the tokenizer alone."""
+    use_one_thread()
+    tokenizer = _tokenizer(bench, folder)
+    texts = list(generate_documents(int(bench.megabytes * 1e6), seed=1))
+    halves = texts[: max(1, len(texts) // SHORT)], texts
+    fast = FastEncoder(tokenizer)
+    raw = [_cost(partial(_encode, fast, texts)) for _ in range(bench.repeats)]
+    rates = [(RAW, 1.0 / median(cost for cost, _ in raw), "")]
+    for case in _cases(bench, folder, halves):
+        turns = [_turn(case, partial(_encode, fast, texts)) for _ in range(bench.repeats)]
+        ratio, start_s = (median(values) for values in zip(*turns, strict=True))
+        rates.append((case.name, rates[0][1] * ratio, f"{max(start_s, 0.0):.1f} s to start"))
+    return make_rows(SUITE, rates)
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    name: str
+    short: Callable[[], int]
+    """Prepares the short corpus and returns its number of tokens."""
+    long: Callable[[], int]
+
+
+def _turn(case: _Case, baseline: Callable[[], int]) -> tuple[float, float]:
+    """Return the rate as a share of the baseline measured beside it, and the seconds of a start."""
+    base, _ = _cost(baseline)
+    short, few = _cost(case.short)
+    long, many = _cost(case.long)
+    slope = (long * many - short * few) / (many - few)
+    return base / slope, short * few - slope * few
+
+
+def _cost(work: Callable[[], int]) -> tuple[float, int]:
+    """Return CPU seconds per token, children included, and the number of tokens."""
+    before = _cpu_s()
+    tokens = work()
+    return (_cpu_s() - before) / tokens, tokens
+
+
+def _encode(encoder: FastEncoder, texts: list[str]) -> int:
+    return sum(map(len, encoder.encode_batch(texts)))
+
+
+def _tokenizer(bench: PrepareBench, folder: Path) -> Tokenizer:
+    if bench.tokenizer:
+        tokenizer = load_tokenizer(bench.tokenizer)
+    else:
+        tokenizer = train_bpe(generate_documents(TRAINING_CHARACTERS), VOCAB_SIZE)
+    (folder / "tokenizer.json").write_bytes(tokenizer.json_bytes)
+    return tokenizer
+
+
+def _cases(bench: PrepareBench, folder: Path, halves: tuple[list[str], list[str]]) -> Iterator[_Case]:
+    corpora = folder / "short", folder / "long"
+    for corpus in corpora:
+        corpus.mkdir()
+    first = bench.layouts[0]
+    for layout in bench.layouts:
+        short, long = (
+            write_corpus(corpus, layout, texts) for corpus, texts in zip(corpora, halves, strict=True)
+        )
+        yield _Case(layout, partial(_prepare, folder, short), partial(_prepare, folder, long))
+    variants: dict[str, dict[str, Any]] = {
+        f"{first}, reference encoder": {"encoder": "reference"},
+        f"{first}, {bench.processes} processes": {"processes": bench.processes},
+    }
+    for name, changes in variants.items():
+        short, long = (corpus / first for corpus in corpora)
+        run = partial(_prepare, folder, **changes)
+        yield _Case(name, partial(run, short), partial(run, long))
+
+
+def _prepare(folder: Path, corpus: Path, *, encoder: str = "fast", processes: int = 1) -> int:
+    """Prepare a corpus from nothing and return its number of tokens."""
+    out = folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    options = PrepareOptions(
+        input=corpus,
+        out=out,
+        tokenizer=folder / "tokenizer.json",
+        split="huggingface",
+        encoder=encoder,
+        processes=processes,
+    )
+    with contextlib.redirect_stderr(io.StringIO()):
+        manifest: Manifest = prepare(options)
+    return sum(split.tokens for split in manifest.splits.values())
+
+
+def _cpu_s() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
+    """Measure, print the table and write the record if that is wanted; returns 0."""
+    bench = PrepareBench(megabytes=args.megabytes, repeats=args.repeats, tokenizer=args.tokenizer)
+    with tempfile.TemporaryDirectory(prefix="bench-prepare-", dir=args.dir) as name:
+        rows = measure(bench, Path(name))
+    transcript = Transcript()
+    transcript.say("\n".join(table(rows)))
+    if args.record:
+        path = write_record(
+            "prepare",
+            command=command_line("benchmarks.bench_prepare", argv),
+            config={**asdict(bench), "tokenizer": "given" if bench.tokenizer else f"bpe:{VOCAB_SIZE}"},
+            results=[asdict(row) for row in rows],
+            log=transcript.text,
+        )
+        print(f"record: {path}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_prepare", description="Measure what preparing a corpus costs"
+    )
+    parser.add_argument("--megabytes", type=float, default=24.0, help="text of the long corpus")
+    parser.add_argument("--repeats", type=int, default=3, help="preparations of each case")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json, or folder with GPT-2's files")
+    parser.add_argument("--dir", type=Path, help="where to write; a temporary folder by default")
+    parser.add_argument("--record", action="store_true", help="write a record below benchmarks/records")
+    return run_cli(partial(run, argv=argv), parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
