@@ -1,21 +1,22 @@
 """Stored concept targets: a folder with one file of ids for each chunk of a shard folder.
 
 docs/data.md describes the format. ``labels.json`` is written last, so a folder without it is unfinished.
-A file's name holds the CRC-32 of its content: what has such a name is whole, whoever wrote it and however
-that ended, and nothing else needs to be remembered while a folder is being filled.
+A file's name holds the digest of its content: what has such a name is whole, whoever wrote it and however
+that ended, and nothing else needs to be remembered while a folder is being filled. (XXH3 instead of the
+tokens' CRC-32, because ids are several times the tokens' bytes and CRC-32 would be most of their reading.)
 """
 
 from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
+import xxhash
 
 from data.files import replace_text
 from data.manifest import DataError
@@ -29,7 +30,7 @@ BYTES_PER_ID = 2
 MASKED_ID = 0xFFFF
 FILES_PER_FOLDER = 1000
 
-_FILE = re.compile(r"(\d{9})\.([0-9a-f]{8})\.u16\Z")
+_FILE = re.compile(r"(\d{9})\.([0-9a-f]{16})\.u16\Z")
 _SHOWN_DIGITS = 12
 
 
@@ -92,7 +93,8 @@ class ChunkLabels:
     """The ids of one chunk."""
 
     windows: int
-    crc32: int
+    digest: str
+    """Of the file's content, see :func:`digest_of`."""
 
 
 Splits = Mapping[str, Sequence[ChunkLabels]]
@@ -139,8 +141,8 @@ class LabelCache:
         name, size = self._name(split, number), self.chunk_bytes(split, number)
         self._storage.check_size(name, size)
         data = self._storage.read_range(name, 0, size, buffer)
-        if zlib.crc32(data) != self.splits[split][number].crc32:
-            raise DataError(f"{self.place}/{name}: damaged: its CRC-32 is not the one in its name")
+        if digest_of(data) != self.splits[split][number].digest:
+            raise DataError(f"{self.place}/{name}: damaged: its XXH3 is not the one in its name")
         return np.frombuffer(data, dtype="<u2").reshape(-1, self.settings.num_targets)
 
     def check(self, wanted: LabelSettings) -> None:
@@ -164,7 +166,7 @@ class LabelCache:
                     self._storage.check_size(self._name(split, number), self.chunk_bytes(split, number))
 
     def _name(self, split: str, number: int) -> str:
-        return chunk_name(split, number, self.splits[split][number].crc32)
+        return chunk_name(split, number, self.splits[split][number].digest)
 
 
 def read_labels(folder: Path) -> LabelCache:
@@ -193,7 +195,7 @@ def parse_labels(raw: bytes, place: str) -> tuple[LabelSettings, Splits]:
         if body["version"] != VERSION:
             raise ValueError(f"version={body['version']!r}, this program reads version {VERSION}")
         splits = {
-            str(name): tuple(ChunkLabels(int(windows), int(crc32)) for windows, crc32 in chunks)
+            str(name): tuple(ChunkLabels(int(windows), str(digest)) for windows, digest in chunks)
             for name, chunks in body["splits"].items()
         }
         return settings_from_json(body["settings"]), splits
@@ -203,7 +205,7 @@ def parse_labels(raw: bytes, place: str) -> tuple[LabelSettings, Splits]:
 
 def write_labels(folder: Path, settings: LabelSettings, splits: Splits) -> None:
     """Write ``labels.json`` atomically; call it when every file that it names is on disk."""
-    rows = {name: [[chunk.windows, chunk.crc32] for chunk in chunks] for name, chunks in splits.items()}
+    rows = {name: [[chunk.windows, chunk.digest] for chunk in chunks] for name, chunks in splits.items()}
     body = {"version": VERSION, "settings": asdict(settings), "splits": rows}
     replace_text(folder / LABELS_NAME, json.dumps(body, sort_keys=True) + "\n")
 
@@ -217,9 +219,14 @@ def settings_from_json(body: Mapping[str, Any]) -> LabelSettings:
     return LabelSettings(**{name: body[name] for name in kinds})
 
 
-def chunk_name(split: str, number: int, crc32: int) -> str:
+def digest_of(content: bytes | memoryview) -> str:
+    """XXH3, 64 bits, as 16 hexadecimal digits."""
+    return xxhash.xxh3_64_hexdigest(content)
+
+
+def chunk_name(split: str, number: int, digest: str) -> str:
     """The file of one chunk, relative to the folder of the labels."""
-    return f"{group_name(split, number)}/{number:09d}.{crc32:08x}.u16"
+    return f"{group_name(split, number)}/{number:09d}.{digest}.u16"
 
 
 def group_name(split: str, number: int) -> str:
@@ -227,8 +234,8 @@ def group_name(split: str, number: int) -> str:
     return f"{split}/{number // FILES_PER_FOLDER:06d}"
 
 
-def found_chunks(folder: Path, split: str, number: int | None = None) -> dict[int, set[int]]:
-    """Which chunks of a split have files, with the CRC-32s in their names.
+def found_chunks(folder: Path, split: str, number: int | None = None) -> dict[int, set[str]]:
+    """Which chunks of a split have files, with the digests in their names.
 
     Args:
         folder: of the labels.
@@ -236,10 +243,10 @@ def found_chunks(folder: Path, split: str, number: int | None = None) -> dict[in
         number: list only the files beside this chunk's.
     """
     groups = (folder / split).glob("*/") if number is None else [folder / group_name(split, number)]
-    found: dict[int, set[int]] = {}
+    found: dict[int, set[str]] = {}
     for group in groups:
         for path in group.iterdir() if group.is_dir() else ():
             match = _FILE.match(path.name)
             if match:
-                found.setdefault(int(match[1]), set()).add(int(match[2], 16))
+                found.setdefault(int(match[1]), set()).add(match[2])
     return found

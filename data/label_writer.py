@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from data.label_cache import (
     LabelSettings,
     chunk_name,
     differences,
+    digest_of,
     found_chunks,
     read_labels,
     settings_from_json,
@@ -98,10 +98,11 @@ class LabelWriter:
         assert ids.shape == wanted, f"{ids.shape} instead of {wanted}"
         assert ids.dtype == np.uint16, ids.dtype
         content = ids.astype("<u2", copy=False).tobytes()
-        path = self._folder / chunk_name(split, number, zlib.crc32(content))
+        digest = digest_of(content)
+        path = self._folder / chunk_name(split, number, digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_bytes(path, content)
-        self._found[split][number] = {zlib.crc32(content)}
+        self._found[split][number] = {digest}
 
     def finish(self) -> bool:
         """Write ``labels.json`` if every chunk has its labels; returns whether that is so."""
@@ -165,9 +166,9 @@ class LabelWriter:
         chunks = []
         for number, windows in enumerate(self._windows[split]):
             # Two only where somebody labelled a chunk again on a machine that rounds otherwise.
-            first, *others = sorted(self._found[split].get(number, {0}))
-            for crc32 in others:
-                (self._folder / chunk_name(split, number, crc32)).unlink()
+            first, *others = sorted(self._found[split].get(number, {""}))
+            for digest in others:
+                (self._folder / chunk_name(split, number, digest)).unlink()
             chunks.append(ChunkLabels(windows, first))
         return chunks
 

@@ -72,11 +72,11 @@ def verify_labels(folder: Path) -> tuple[list[str], list[str]]:
     progress = Progress(f"verifying {folder.name}", sum(sizes))
     done = 0
     for split, chunks in cache.splits.items():
-        known = {number: {chunk.crc32} for number, chunk in enumerate(chunks) if chunk.windows}
+        known = {number: {chunk.digest} for number, chunk in enumerate(chunks) if chunk.windows}
         found = [
-            f"{folder / chunk_name(split, number, crc32)}: no chunk has this file"
-            for number, crc32s in found_chunks(folder, split).items()
-            for crc32 in crc32s - known.get(number, set())
+            f"{folder / chunk_name(split, number, digest)}: no chunk has this file"
+            for number, digests in found_chunks(folder, split).items()
+            for digest in digests - known.get(number, set())
         ]
         for number in known:
             found += _label_problems(cache, split, number)
@@ -97,7 +97,7 @@ def _label_problems(cache: LabelCache, split: str, number: int) -> Iterator[str]
         return
     largest = int(ids[ids != MASKED_ID].max(initial=0))
     if largest >= cache.settings.num_concepts:
-        name = chunk_name(split, number, cache.splits[split][number].crc32)
+        name = chunk_name(split, number, cache.splits[split][number].digest)
         yield f"{cache.place}/{name}: id {largest} is beyond the dictionary of {cache.settings.num_concepts}"
 
 

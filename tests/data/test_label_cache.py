@@ -196,7 +196,7 @@ def test_killed_writers_are_replaced(shard_folder: Path, labels: Path, tmp_path:
         kept = {path: path.stat().st_ino for path in out.glob("*/*/*.u16")}
         with pytest.raises(DataError, match=r"no labels\.json, so there are no finished labels"):
             opened(shard_folder, out)
-    (out / "train" / "000000" / ".000000000.00000000.u16.tmp").write_bytes(b"half")
+    (out / "train" / "000000" / ".000000000.0000000000000000.u16.tmp").write_bytes(b"half")
     (worker,) = start(1, lambda: fill(shard_folder, out))
     worker.join()
     assert contents(out) == contents(labels)
@@ -288,7 +288,7 @@ def flip(path: Path) -> None:
 
 
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
-    (flip, "damaged: its CRC-32 is not the one in its name"),
+    (flip, "damaged: its XXH3 is not the one in its name"),
     (lambda path: path.write_bytes(path.read_bytes()[:-2]), r"file has \d+ bytes, the manifest says \d+"),
     (lambda path: path.write_bytes(path.read_bytes() + b"\0"), r"file has \d+ bytes, the manifest says"),
     (lambda path: path.unlink(), "file is missing"),
@@ -338,7 +338,7 @@ def test_verify_checks_what_labels_mean(
     shards = tmp_path / "shards"
     shutil.copytree(shard_folder, shards)
     shutil.copytree(labels, shards / "labels")
-    stray = shards / "labels" / "train" / "000000" / "000000000.00000000.u16"
+    stray = shards / "labels" / "train" / "000000" / "000000000.0000000000000000.u16"
     stray.touch()
     for name in ("manifest.json", "labels/labels.json"):
         body = json.loads((shards / name).read_text())

@@ -286,7 +286,7 @@ def test_a_damaged_byte_ends_the_run_in_one_line(labels: Path, tiny_world: Path,
     (tmp_path / "config.yaml").write_text(dump_config(config))
     code, error = main_in_child(["--config", str(tmp_path / "config.yaml")])
     assert code == 2
-    assert "damaged: its CRC-32 is not the one in its name" in error.splitlines()[-1]
+    assert "damaged: its XXH3 is not the one in its name" in error.splitlines()[-1]
     assert len(verify_labels(tmp_path / "labels")[1]) == len(list((labels / "train").glob("*/*.u16")))
 
 

@@ -1,0 +1,38 @@
+"""The benchmark of stored targets compares equal steps."""
+
+from __future__ import annotations
+
+import torch
+
+import parallel.titan  # noqa: F401  (takes seconds: imported once, before ranks are forked)
+from benchmarks.bench_targets import CONFIG, Bench
+from parallel.world import World
+from tests.ranks import run_ranks
+from trainer.config import RunConfig
+from trainer.config_io import load_config
+
+TINY = (
+    "--model.d_model=16 --model.n_head=2 --model.n_layer=4 --model.vocab_size=50257 --data.seq_len=16 "
+    "--concepts.num_concepts=64 --concepts.top_k=8 --train.batch_size=3 --train.microbatch_size=2 "
+    "--train.precision=fp32 --concepts.precision=fp32"
+)
+
+
+def test_both_steps_minimise_the_same_loss() -> None:
+    """Catches a step that is fast because it trains on nothing."""
+
+    def compare(world: World) -> tuple[list[float], int, bool]:
+        bench = Bench(load_config(RunConfig, CONFIG, TINY.split()), world)
+        losses = []
+        for objective, batch in ((bench.on_the_fly, bench.plain), (bench.cached, bench.labelled)):
+            parts = batch.microbatches(2)
+            with torch.no_grad():
+                terms = [objective(bench.engine.model, part, detail=False) for part in parts]
+            losses.append(sum(float(term.loss) for term in terms))
+        times = bench.measure(2)
+        return losses, len(times.cached), times.ratio > 0
+
+    ((fly, cached), count, positive) = run_ranks(compare, 1)[0]
+    assert fly == cached > 0
+    assert count == 2
+    assert positive
