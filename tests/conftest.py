@@ -6,13 +6,20 @@ import gc
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 
 def pytest_configure() -> None:
-    """Give each test process one thread: rank tests fork, and several ranks share few cores."""
+    """Settings that libraries read when they are imported.
+
+    One thread per process: rank tests fork, and several ranks share few cores. Without a GPU Triton's
+    kernels run in its interpreter.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

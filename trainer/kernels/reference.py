@@ -40,6 +40,42 @@ def concept_head(
     return loss, values.to(hidden.dtype), ids
 
 
+def row_statistics(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, top_k: int, num_valid: int, first_column: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-sum-exp (n, 1), targets' logits (n, A), K largest logits and their ids of rows of logits (n, M).
+
+    A row's logits are c = logits + bias, -inf from ``num_valid`` on. ``targets`` (n, A) count from
+    ``-first_column``; the logit of a target that is none of these columns is 0. Of equal logits the one with
+    the smaller id comes first.
+    """
+    c = _real_logits(logits, bias, num_valid)
+    ordered = c.sort(dim=-1, descending=True, stable=True)
+    one_hot = _one_hot(targets - first_column, c.shape[1])
+    target_logits = torch.where(one_hot, c.unsqueeze(1), 0).sum(-1)
+    lse = c.logsumexp(-1, keepdim=True)
+    return lse, target_logits, ordered.values[:, :top_k], ordered.indices[:, :top_k]
+
+
+def row_gradient(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, num_valid: int, first_column: int
+) -> Tensor:
+    """d/dc of 1/A sum_a (lse - c[target_a]) over the targets that are not negative; (n, M) fp32."""
+    c = _real_logits(logits, bias, num_valid)
+    share = (targets >= 0).float() / targets.shape[1]
+    at_targets = (_one_hot(targets - first_column, c.shape[1]) * share.unsqueeze(-1)).sum(1)
+    return (c - lse).exp() * share.sum(-1, keepdim=True) - at_targets
+
+
+def _real_logits(logits: Tensor, bias: Tensor | None, num_valid: int) -> Tensor:
+    c = logits.float() if bias is None else logits.float() + bias.float()
+    return c.masked_fill(torch.arange(c.shape[1], device=c.device) >= num_valid, -torch.inf)
+
+
+def _one_hot(columns: Tensor, num_columns: int) -> Tensor:
+    return columns.unsqueeze(-1) == torch.arange(num_columns, device=columns.device)
+
+
 def sparse_decode(values: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     """y_n = sum_k values_nk W[ids_nk]; values, ids (N, K), weight (M, D), result (N, D)."""
     return torch.einsum("nk,nkd->nd", values, weight[ids])

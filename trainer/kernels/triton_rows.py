@@ -1,0 +1,350 @@
+"""Triton kernels on rows of logits: log-sum-exp, exact top-K, the targets' logits and the gradient.
+
+A program owns one row. Its first sweep reads the row from memory; the sweep for the gradient follows at
+once and finds it in the L2 cache, so that the row crosses the memory bus once each way. Every sum has one
+fixed order and equal logits are told apart by their ids: the same input gives the same bits.
+
+The K best of M logits are found without sorting a row. The row is cut into groups of ``_GROUP``
+neighbours, whose maxima the first sweep keeps. Any logit above its group's maximum would be it, so the K
+best logits lie in the K groups with the best maxima: sort M / 32 maxima, then 32 K candidates.
+
+Equal to ``trainer.kernels.reference``; ``trainer.kernels.ops`` chooses between them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Fixed, not tuned at run time: other sizes add up in another order. 128 threads with 16 logits each (two
+# 16-byte loads in bf16) leave room for eight rows and more per multiprocessor: one sorts, others load.
+_BLOCK = 2048
+_NUM_WARPS = 4
+# M / 32 maxima and 32 K candidates are about equally many at M = 32768 and K = 32.
+_GROUP = 32
+
+_LOWEST = tl.constexpr(-(2**63))  # below the key of every logit, NaN included
+
+
+@triton.jit
+def _load(logits, bias, columns, num_columns, num_valid, has_bias: tl.constexpr):
+    """Logits of ``columns`` in fp32; -inf beyond ``num_valid``."""
+    # The load is masked by the row's length, a multiple of 64, and not by the odd number of valid columns:
+    # such a mask would split every 16-byte load into single numbers.
+    inside = columns < num_columns
+    x = tl.load(logits + columns, mask=inside, other=0.0).to(tl.float32)
+    if has_bias:
+        x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(columns < num_valid, x, -float("inf"))
+
+
+@triton.jit
+def _sweep(
+    logits,
+    bias,
+    maxima,
+    num_columns,
+    num_valid,
+    has_bias: tl.constexpr,
+    keep_maxima: tl.constexpr,
+    block: tl.constexpr,
+    group: tl.constexpr,
+):
+    """Log-sum-exp of a row; stores the largest logit of each group of columns in ``maxima``."""
+    highest = -float("inf")
+    total = 0.0
+    for start in range(0, num_columns, block):
+        x = _load(logits, bias, start + tl.arange(0, block), num_columns, num_valid, has_bias)
+        risen = tl.maximum(highest, tl.max(x, 0))
+        shift = tl.where(risen == -float("inf"), 0.0, risen)  # -inf - -inf is NaN
+        total = total * tl.exp(highest - shift) + tl.sum(tl.exp(x - shift), 0)
+        highest = risen
+        if keep_maxima:
+            best = tl.max(tl.reshape(x, (block // group, group)), 1)
+            groups = start // group + tl.arange(0, block // group)
+            tl.store(maxima + groups, best, mask=groups * group < num_columns)
+    return highest + tl.log(total)
+
+
+@triton.jit
+def _key(x, index):
+    """Int64 that orders by x, largest first, and among equals by the smaller index."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats grow with smaller bits
+    return (ordered.to(tl.int64) << 32) | (index ^ 0x7FFFFFFF).to(tl.int64)
+
+
+@triton.jit
+def _index_of(key):
+    """Index in a key of :func:`_key`; a large one for ``_LOWEST``."""
+    return (key & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
+
+
+@triton.jit
+def _logit_of(key):
+    """Logit in a key of :func:`_key`."""
+    ordered = (key >> 32).to(tl.int32)
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _best_keys(
+    logits,
+    bias,
+    maxima,
+    num_columns,
+    num_valid,
+    has_bias: tl.constexpr,
+    num_best: tl.constexpr,
+    num_groups: tl.constexpr,
+    group: tl.constexpr,
+):
+    """Keys of the ``num_best`` largest logits of a row, largest first."""
+    groups = tl.arange(0, num_groups)
+    there = groups * group < num_columns
+    best = tl.load(maxima + groups, mask=there, other=0.0)
+    # Of two groups with the same maximum the first one holds it at the smaller id.
+    chosen = tl.topk(tl.where(there, _key(best, groups), _LOWEST), num_best)
+    groups = tl.minimum(_index_of(chosen), num_groups)  # no group: beyond the row
+    columns = groups[:, None] * group + tl.arange(0, group)[None, :]
+    x = _load(logits, bias, columns, num_columns, num_valid, has_bias)
+    candidates = tl.where(columns < num_columns, _key(x, columns), _LOWEST)
+    return tl.topk(tl.reshape(candidates, (num_best * group,)), num_best)
+
+
+@triton.jit
+def _write_gradient(
+    logits,
+    bias,
+    targets,
+    lse,
+    num_columns,
+    num_valid,
+    first_column,
+    has_bias: tl.constexpr,
+    num_targets: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Put the gradient of the mean cross entropy of a row's targets in the place of its logits."""
+    weight = 0.0
+    for a in tl.static_range(num_targets):
+        weight += tl.where(tl.load(targets + a) >= 0, 1.0 / num_targets, 0.0)
+    for start in range(0, num_columns, block):
+        columns = start + tl.arange(0, block)
+        x = _load(logits, bias, columns, num_columns, num_valid, has_bias)
+        gradient = tl.exp(x - lse) * weight
+        for a in tl.static_range(num_targets):
+            target = tl.load(targets + a) - first_column
+            if (target >= start) & (target < start + block):  # most blocks hold no target: no comparisons
+                gradient -= tl.where(columns == target, 1.0 / num_targets, 0.0)
+        tl.store(logits + columns, gradient.to(logits.dtype.element_ty), mask=columns < num_columns)
+
+
+@triton.jit
+def _statistics_kernel(
+    logits,
+    bias,
+    targets,
+    lse,
+    target_logits,
+    values,
+    ids,
+    maxima,
+    num_columns,
+    num_valid,
+    first_column,
+    has_bias: tl.constexpr,
+    num_targets: tl.constexpr,
+    top_k: tl.constexpr,
+    num_best: tl.constexpr,
+    num_groups: tl.constexpr,
+    with_gradient: tl.constexpr,
+    block: tl.constexpr,
+    group: tl.constexpr,
+):
+    """One row: log-sum-exp, the targets' logits, the ``top_k`` best and, if asked for, the gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * num_columns
+    targets += row * num_targets
+    if top_k > 0:
+        maxima += row * tl.cdiv(num_columns, group)
+    row_lse = _sweep(logits, bias, maxima, num_columns, num_valid, has_bias, top_k > 0, block, group)
+    tl.store(lse + row, row_lse)
+    for a in tl.static_range(num_targets):
+        target = tl.load(targets + a) - first_column
+        here = (target >= 0) & (target < num_columns)
+        x = _load(logits, bias, tl.where(here, target, 0), num_columns, num_valid, has_bias)
+        tl.store(target_logits + row * num_targets + a, tl.where(here, x, 0.0))
+    if top_k > 0:
+        tl.debug_barrier()  # the maxima were stored by other threads
+        best = _best_keys(logits, bias, maxima, num_columns, num_valid, has_bias, num_best, num_groups, group)
+        place = tl.arange(0, num_best)
+        tl.store(values + row * top_k + place, _logit_of(best), mask=place < top_k)
+        tl.store(ids + row * top_k + place, _index_of(best).to(tl.int64), mask=place < top_k)
+    if with_gradient:
+        tl.debug_barrier()  # all threads have read what is now overwritten
+        _write_gradient(
+            logits,
+            bias,
+            targets,
+            row_lse,
+            num_columns,
+            num_valid,
+            first_column,
+            has_bias,
+            num_targets,
+            block,
+        )
+
+
+@triton.jit
+def _gradient_kernel(
+    logits,
+    bias,
+    targets,
+    lse,
+    num_columns,
+    num_valid,
+    first_column,
+    has_bias: tl.constexpr,
+    num_targets: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One row's gradient, from the log-sum-exp over the columns of all ranks."""
+    row = tl.program_id(0).to(tl.int64)
+    _write_gradient(
+        logits + row * num_columns,
+        bias,
+        targets + row * num_targets,
+        tl.load(lse + row),
+        num_columns,
+        num_valid,
+        first_column,
+        has_bias,
+        num_targets,
+        block,
+    )
+
+
+@triton.jit
+def _count_kernel(
+    logits,
+    bias,
+    thresholds,
+    counts,
+    num_columns,
+    num_valid,
+    has_bias: tl.constexpr,
+    num_targets: tl.constexpr,
+    block: tl.constexpr,
+):
+    """How many logits of one row lie above each of its thresholds."""
+    row = tl.program_id(0).to(tl.int64)
+    for a in tl.static_range(num_targets):
+        place = row * num_targets + a
+        threshold = tl.load(thresholds + place)
+        count = 0
+        for start in range(0, num_columns, block):
+            columns = start + tl.arange(0, block)
+            x = _load(logits + row * num_columns, bias, columns, num_columns, num_valid, has_bias)
+            count += tl.sum((x > threshold).to(tl.int32), 0)
+        tl.store(counts + place, count)
+
+
+def _statistics(
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    top_k: int,
+    num_valid: int,
+    first_column: int,
+    *,
+    with_gradient: bool,
+) -> tuple[Tensor, ...]:
+    num_rows, num_columns = logits.shape
+    num_targets = targets.shape[1]
+    lse = logits.new_empty(num_rows, 1, dtype=torch.float32)
+    target_logits = logits.new_empty(num_rows, num_targets, dtype=torch.float32)
+    values = logits.new_empty(num_rows, top_k, dtype=torch.float32)
+    ids = logits.new_empty(num_rows, top_k, dtype=torch.int64)
+    num_groups = triton.cdiv(num_columns, _GROUP) if top_k else 0
+    maxima = logits.new_empty(num_rows, num_groups, dtype=torch.float32)
+    num_best = triton.next_power_of_2(max(top_k, 2))
+    _statistics_kernel[(num_rows,)](
+        logits,
+        logits if bias is None else bias,
+        targets,
+        lse,
+        target_logits,
+        values,
+        ids,
+        maxima,
+        num_columns,
+        num_valid,
+        first_column,
+        has_bias=bias is not None,
+        num_targets=num_targets,
+        top_k=top_k,
+        num_best=num_best,
+        num_groups=max(triton.next_power_of_2(max(num_groups, 1)), num_best),
+        with_gradient=with_gradient,
+        block=_BLOCK,
+        group=_GROUP,
+        num_warps=_NUM_WARPS,
+    )
+    return lse, target_logits, values, ids
+
+
+def row_statistics(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, top_k: int, num_valid: int, first_column: int
+) -> tuple[Tensor, ...]:
+    """See :func:`trainer.kernels.ops.row_statistics`."""
+    return _statistics(logits, bias, targets, top_k, num_valid, first_column, with_gradient=False)
+
+
+def row_loss_(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, top_k: int, num_valid: int, first_column: int
+) -> tuple[Tensor, ...]:
+    """See :func:`trainer.kernels.ops.row_loss_`."""
+    return _statistics(logits, bias, targets, top_k, num_valid, first_column, with_gradient=True)
+
+
+def row_gradient_(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, num_valid: int, first_column: int
+) -> None:
+    """See :func:`trainer.kernels.ops.row_gradient_`."""
+    num_rows, num_columns = logits.shape
+    _gradient_kernel[(num_rows,)](
+        logits,
+        logits if bias is None else bias,
+        targets,
+        lse,
+        num_columns,
+        num_valid,
+        first_column,
+        has_bias=bias is not None,
+        num_targets=targets.shape[1],
+        block=_BLOCK,
+        num_warps=_NUM_WARPS,
+    )
+
+
+def count_above(logits: Tensor, bias: Tensor | None, thresholds: Tensor, num_valid: int) -> Tensor:
+    """See :func:`trainer.kernels.ops.count_above`."""
+    num_rows, num_columns = logits.shape
+    counts = torch.empty_like(thresholds, dtype=torch.int64)
+    _count_kernel[(num_rows,)](
+        logits,
+        logits if bias is None else bias,
+        thresholds,
+        counts,
+        num_columns,
+        num_valid,
+        has_bias=bias is not None,
+        num_targets=thresholds.shape[1],
+        block=_BLOCK,
+        num_warps=_NUM_WARPS,
+    )
+    return counts
