@@ -81,14 +81,16 @@ class TokenLoader:
         Raises:
             DataError: a damaged shard.
         """
-        if self._batches is None:
-            self._batches = _Prefetcher(
-                self._read(self._next_row), self._config.prefetch_steps, self._pin_device
-            )
-            self._finalizer = weakref.finalize(self, self._batches.close)
-        batch = next(self._batches)
+        batch = next(self._read_ahead())
         self._next_row = after_skips(self._next_row, self._config.skip) + self._rows_per_step
         return batch
+
+    def peek(self) -> Batch | None:
+        """Return what ``next`` will return, without counting it; None where it has not been read yet.
+
+        A damaged shard is the matter of ``next``. With ``prefetch_steps=0`` it is read here.
+        """
+        return self._read_ahead().peek()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the next row and what fixes the order; JSON-able, of constant size.
@@ -116,6 +118,14 @@ class TokenLoader:
         if self._batches is not None:
             self._finalizer()
             self._batches = None
+
+    def _read_ahead(self) -> _Prefetcher:
+        if self._batches is None:
+            self._batches = _Prefetcher(
+                self._read(self._next_row), self._config.prefetch_steps, self._pin_device
+            )
+            self._finalizer = weakref.finalize(self, self._batches.close)
+        return self._batches
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -202,6 +212,7 @@ class _Prefetcher:
         self._pin_device = pin_device
         self._stop = threading.Event()
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(max(ahead, 1))
+        self._peeked: Batch | BaseException | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="token-prefetch", daemon=True)
         self._threaded = ahead > 0
@@ -211,11 +222,18 @@ class _Prefetcher:
     def __next__(self) -> Batch:
         if self._error is not None:
             raise self._error
-        item = self._queue.get() if self._threaded else self._take()
+        item, self._peeked = self._peeked, None
+        if item is None:
+            item = self._queue.get() if self._threaded else self._take()
         if isinstance(item, BaseException):
             self._error = item
             raise item
         return item
+
+    def peek(self) -> Batch | None:
+        if self._peeked is None and self._error is None and not (self._threaded and self._queue.empty()):
+            self._peeked = self._queue.get() if self._threaded else self._take()
+        return self._peeked if isinstance(self._peeked, Batch) else None
 
     def close(self) -> None:
         self._stop.set()

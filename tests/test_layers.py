@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "trainer.build",
         "trainer.step",
+        "trainer.feed",
         "trainer.publish",
         "trainer.stop",
         "trainer.heartbeat",

@@ -147,7 +147,8 @@ def _build_objective(
         TeacherShape(sizes.d_model, sizes.n_layer, sizes.vocab_size),
         SaeShape(extractor.sae.num_latents, extractor.sae.top_k),
     )
-    return student, CoCoMixLoss(extractor, config.objective.concept_weight), flops
+    ahead_on = world.device if config.concepts.ahead else None
+    return student, CoCoMixLoss(extractor, config.objective.concept_weight, ahead_on), flops
 
 
 def empty_student(config: RunConfig) -> GPT2:

@@ -86,6 +86,10 @@ class ConceptsConfig:
     """``teacher`` computes targets on the fly; ``cache`` reads what ``trainer.concepts.label`` has stored."""
     labels: str | None = None
     """Folder of stored targets; ``null`` means ``labels`` in ``data.dir``."""
+    ahead: bool = False
+    """Compute a microbatch's targets while the student trains on the one before it, on a CUDA stream of
+    their own (on a CPU one after the other); costs the memory of both at once. Needs a teacher that no
+    ranks share: ``parallel.tp=1`` and ``parallel.shard_teacher=false``."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the frozen teacher; the SAE's latents are selected from its residual."""
 
@@ -343,11 +347,29 @@ class RunConfig:
                         f"parallel.{key}=true does not fit concepts.source=cache: neither teacher nor "
                         "autoencoder is loaded"
                     )
+            self._check_ahead(self.concepts)
             if self.concepts.insert_layer >= self.model.n_layer:
                 raise ValueError(
                     f"concepts.insert_layer={self.concepts.insert_layer} must be below "
                     f"model.n_layer={self.model.n_layer}"
                 )
+
+    def _check_ahead(self, concepts: ConceptsConfig) -> None:
+        """Collectives on two streams have no common order over the ranks, which would wait for ever."""
+        if not concepts.ahead:
+            return
+        if concepts.source == "cache":
+            raise ValueError("concepts.ahead=true needs concepts.source=teacher: stored targets are only read")
+        if self.parallel.tp > 1:
+            raise ValueError(
+                f"concepts.ahead=true needs parallel.tp=1, not {self.parallel.tp}: ranks that share rows "
+                "exchange targets, which a second stream must not"
+            )
+        if self.parallel.shard_teacher:
+            raise ValueError(
+                "concepts.ahead=true needs parallel.shard_teacher=false: gathering the teacher's weights "
+                "is an exchange between ranks, which a second stream must not make"
+            )
 
     @property
     def tokens_per_step(self) -> int:

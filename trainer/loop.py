@@ -25,6 +25,7 @@ from trainer.checkpoint.policy import CheckpointPolicy
 from trainer.checkpoint.state import RunState, capture_rng, code_version, restore_rng
 from trainer.config import RunConfig
 from trainer.config_io import dump_config, to_dict
+from trainer.feed import Feed
 from trainer.health import HealthMonitor, Skipped, Spike
 from trainer.heartbeat import Heartbeat
 from trainer.metrics.logger import MetricsLogger
@@ -85,6 +86,8 @@ class Loop:
         device = parts.world.device
         self.metrics = StepMetrics(parts.objective.means, device)
         concepts = config.concepts if config.objective.name == "cocomix" else None
+        look_ahead = concepts is not None and concepts.ahead
+        self.feed = Feed(parts.loader, device, look_ahead=look_ahead)
         self.usage = None if concepts is None else ConceptUsage(concepts.num_concepts, device)
         self.health = HealthMonitor(config.health)
         self.code_version = code_version()
@@ -124,7 +127,7 @@ class Loop:
         """
         config, parts, step = self.config, self.parts, self.progress.step
         started = time.perf_counter()
-        batch = next(parts.loader)
+        batch = self.feed.next()
         data_wait_s = time.perf_counter() - started
         lr = learning_rate(step, config.train.steps, config.optim)
         self.progress.step = step = step + 1
@@ -134,7 +137,8 @@ class Loop:
             parts.engine,
             parts.objective,
             parts.mesh,
-            batch.to(parts.world.device),
+            batch,
+            upcoming=self.feed.upcoming(),
             microbatch_size=config.train.microbatch_size,
             tokens_per_step=config.tokens_per_step,
             lr=lr,

@@ -17,6 +17,7 @@ from data.batch import Batch
 from parallel.collectives import min_over_ranks
 from parallel.mesh import Mesh
 from parallel.tensor import TensorGroup
+from trainer.concepts.ahead import TargetsAhead
 from trainer.concepts.extractor import TargetExtractor, unpack_ids
 from trainer.concepts.sae_training import SaeLearner
 from trainer.kernels.reference import IGNORED_LABEL, MASKED_TARGET
@@ -58,6 +59,10 @@ class Objective(Protocol):
         """
         ...
 
+    def prepare(self, batch: Batch | None) -> None:
+        """Called with the microbatch behind the next one, if it is known: what needs no weights can begin."""
+        ...
+
     def before_step(self, model: nn.Module) -> None:
         """Called between the last backward and the optimizer step."""
         ...
@@ -78,7 +83,10 @@ def split_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 class _NoHooks:
-    """An objective that changes nothing around the optimizer step."""
+    """An objective that prepares nothing and changes nothing around the optimizer step."""
+
+    def prepare(self, batch: Batch | None) -> None:
+        """Nothing to do."""
 
     def before_step(self, model: nn.Module) -> None:
         """Nothing to do."""
@@ -105,6 +113,7 @@ class CoCoMixLoss(_NoHooks):
     Args:
         extractor: tokens -> concept targets; ``None`` where the batches bring them.
         concept_weight: lambda.
+        ahead_on: device on which targets are computed a microbatch ahead; ``None`` for when they are used.
     """
 
     means = (
@@ -116,29 +125,35 @@ class CoCoMixLoss(_NoHooks):
         Mean("concept_targets_per_token", "targets", "tokens"),
     )
 
-    def __init__(self, extractor: TargetExtractor | None, concept_weight: float) -> None:
+    def __init__(
+        self,
+        extractor: TargetExtractor | None,
+        concept_weight: float,
+        ahead_on: torch.device | None = None,
+    ) -> None:
         self.extractor = extractor
         self.concept_weight = concept_weight
+        self.ahead = None if ahead_on is None else TargetsAhead(self.targets, ahead_on)
 
-    def targets(self, batch: Batch, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Concept targets (b, T, A) int64, ``MASKED_TARGET`` in rows that do not count.
-
-        Args:
-            batch: the microbatch.
-            input_ids, labels: its tokens, both (b, T) int64.
-        """
+    def targets(self, batch: Batch) -> Tensor:
+        """Targets (b, T, A) int64; ``MASKED_TARGET`` where there is none, and in rows that do not count."""
         if self.extractor is not None:
-            targets = self.extractor(input_ids, labels)
+            targets = self.extractor(*split_tokens(batch))
         else:
             assert batch.targets is not None, "without an extractor the loader reads stored targets"
             targets = unpack_ids(batch.targets)
         targets[batch.num_rows :] = MASKED_TARGET
         return targets
 
+    def prepare(self, batch: Batch | None) -> None:
+        """Begin with the targets of a microbatch."""
+        if self.ahead is not None and batch is not None:
+            self.ahead.start(batch)
+
     def __call__(self, model: nn.Module, batch: Batch, *, detail: bool) -> LossTerms:
         """See :class:`Objective`; ``detail`` ranks the targets among all concepts."""
         input_ids, labels = split_tokens(batch)
-        targets = self.targets(batch, input_ids, labels)
+        targets = self.targets(batch) if self.ahead is None else self.ahead.take(batch)
         out = model(input_ids, labels, targets, with_ranks=detail)
         loss = out.loss_ntp + self.concept_weight * out.loss_concept
         counts = out.concepts
@@ -195,6 +210,9 @@ class SaeLoss:
             "dead": model.dead_latents().double().mean() * num_tokens,
         }
         return LossTerms(terms.loss, sums)
+
+    def prepare(self, batch: Batch | None) -> None:
+        """Nothing to do."""
 
     def before_step(self, model: nn.Module) -> None:
         """Take the gradient along the unit decoder rows out, before it enters Adam's moments."""

@@ -23,6 +23,7 @@ def train_step(
     mesh: Mesh,
     batch: Batch,
     *,
+    upcoming: Batch | None = None,
     microbatch_size: int,
     tokens_per_step: int,
     lr: float,
@@ -34,6 +35,7 @@ def train_step(
 
     Args:
         batch: this rank's rows of the global batch, on the device. The last microbatch may be shorter.
+        upcoming: the next step's batch on the device, whose first microbatch can be prepared already.
         microbatch_size: rows per forward and backward.
         tokens_per_step: tokens of the global batch; every loss is divided by it, so that gradients
             are sums over microbatches and ranks.
@@ -47,7 +49,10 @@ def train_step(
     """
     metrics.reset()
     microbatches = batch.microbatches(microbatch_size)
+    behind = [] if upcoming is None else upcoming.microbatches(microbatch_size)
+    following = [*microbatches[1:], *behind[:1], None]
     for index, microbatch in enumerate(microbatches):
+        objective.prepare(following[index])
         terms = objective(engine.model, microbatch, detail=detail)
         engine.backward(terms.loss / tokens_per_step, last_microbatch=index == len(microbatches) - 1)
         metrics.add(**terms.sums)

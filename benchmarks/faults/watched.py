@@ -51,6 +51,10 @@ class Observer:
         terms = self._inner(model, batch, detail=detail)
         return self.disturb(terms) if model.training else terms
 
+    def prepare(self, batch: Batch | None) -> None:
+        """Before each microbatch, with the one behind it."""
+        self._inner.prepare(batch)
+
     def before_step(self, model: nn.Module) -> None:
         """Between the last backward and the update."""
         self._inner.before_step(model)

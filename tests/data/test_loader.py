@@ -348,3 +348,46 @@ def test_pinned_batches(config: DataConfig) -> None:
     assert tokens.is_pinned()
     assert torch.equal(tokens.cuda(non_blocking=True).cpu(), tokens)
     loader.close()
+
+
+@pytest.mark.parametrize("prefetch_steps", [0, 2])
+def test_a_look_at_the_next_batch_counts_nothing(config: DataConfig, prefetch_steps: int) -> None:
+    """Catches a cursor that counts a batch before it is trained on, and one shown that is not the next."""
+    (loader,) = make(dataclasses.replace(config, prefetch_steps=prefetch_steps), 6, 1)
+    next(loader)
+    state = loader.state_dict()
+    shown = wait_for_a_look(loader)
+    assert loader.peek() is not None
+    assert loader.state_dict() == state
+    assert next(loader) is shown
+    wait_for_a_look(loader)
+    loader.load_state_dict(state)
+    assert torch.equal(next(loader).tokens, shown.tokens)
+    close([loader])
+
+
+def wait_for_a_look(loader: TokenLoader) -> Batch:
+    for _ in range(1000):
+        batch = loader.peek()
+        if batch is not None:
+            return batch
+        threading.Event().wait(0.01)
+    raise AssertionError("the loader reads nothing ahead")
+
+
+def test_a_look_at_a_damaged_shard_is_left_to_next(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that ends one step early, and an error that a look swallowed."""
+    (loader,) = make(dataclasses.replace(config, prefetch_steps=0), 6, 1)
+    next(loader)
+
+    def damaged() -> object:
+        raise DataError("damaged")
+
+    monkeypatch.setattr(loader._read_ahead(), "_items", iter(damaged, None))
+    assert loader.peek() is None
+    assert loader.peek() is None
+    for _ in range(2):
+        with pytest.raises(DataError, match="damaged"):
+            next(loader)
