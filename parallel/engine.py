@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from parallel.apply import gather_full_state
 from parallel.mesh import Mesh
+
+Clip = Callable[[Iterable[Tensor], float], Tensor]
+"""Scales the gradients of parameters to a global norm of at most so much; returns the norm before."""
 
 
 class Engine(Protocol):
@@ -78,7 +81,14 @@ class Engine(Protocol):
 class FsdpEngine:
     """Torch's fully_shard (FSDP2) with a fused AdamW over the sharded weights."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, mesh: Mesh, clip_norm: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        mesh: Mesh,
+        clip_norm: float,
+        clip: Clip | None = None,
+    ) -> None:
         """Allocate the optimizer's state.
 
         Args:
@@ -86,20 +96,24 @@ class FsdpEngine:
             optimizer: ``AdamW(fused=True)`` over the model's sharded parameters.
             mesh: The mesh that the model lies on.
             clip_norm: Largest global gradient norm; 0 does not clip.
+            clip: Scales gradients to a norm and returns the norm before; torchtitan's by default.
 
         Raises:
             ValueError: The optimizer is not fused: only the fused one can skip a step on the device.
         """
         if not all(group["fused"] for group in optimizer.param_groups):
             raise ValueError("the optimizer must be built with fused=True")
-        # Not at the top: torchtitan is needed only where a mesh was built.
-        from parallel.titan import clip_grad_norm_
+        if clip is None:
+            # Not at the top: torchtitan is needed only where a mesh was built.
+            from parallel.titan import clip_grad_norm_
+
+            clip = clip_grad_norm_
 
         self.model = model
         self.optimizer = optimizer
         self.mesh = mesh
         self._max_norm = clip_norm if clip_norm > 0 else math.inf
-        self._clip_grad_norm_ = clip_grad_norm_
+        self._clip_grad_norm_ = clip
         allocate_state(optimizer, _parameters(optimizer))
 
     def backward(self, loss: Tensor, *, last_microbatch: bool) -> None:

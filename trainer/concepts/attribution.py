@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels.reference import MASKED_TARGET
-from trainer.kernels.sparse import sparse_dots
+from trainer.kernels.ops import sparse_dots
 from trainer.model.gpt2 import GPT2
 
 

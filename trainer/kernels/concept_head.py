@@ -104,7 +104,7 @@ class _ConceptHead(torch.autograd.Function):
             # Each rank read its own columns of the compress weight: their gradients add up.
             summed = columns.tp.sum(grad_values)
             index, here = columns.find(ids)
-            found.add_values(summed.masked_fill(~here, 0), index, hidden, weight)
+            found.add_values(summed, index, here, hidden, weight)
         grad_weight = None if found.weight is None else found.weight.to(weight.dtype)
         grad_bias = None if found.bias is None else found.bias.to(ctx.bias_dtype)
         return found.hidden, grad_weight, grad_bias, None, None, None, None, None

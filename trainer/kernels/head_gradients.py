@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels.matmul import matmul
-from trainer.kernels.sparse import sparse_sums, sparse_weight_grad
+from trainer.kernels.ops import sparse_sums, sparse_weight_grad
 
 
 class HeadGradients:
@@ -61,13 +61,21 @@ class HeadGradients:
         """Back to nothing."""
         self.hidden = self.weight = self.bias = None
 
-    def add_values(self, grad_values: Tensor, ids: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """Add what gradients (N, K) of single logits bring, all rows at once: K weight rows per token."""
-        self.hidden = _sum(self.hidden, sparse_sums(grad_values, ids, weight))
-        self.weight = _sum(self.weight, sparse_weight_grad(grad_values, ids, hidden, len(weight)))
-        if self.bias is None:
-            self.bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
-        self.bias.index_add_(0, ids.flatten(), grad_values.flatten().float())
+    def add_values(
+        self, grad_values: Tensor, index: Tensor, here: Tensor, hidden: Tensor, weight: Tensor
+    ) -> None:
+        """Add what gradients of single logits bring, all rows at once: K weight rows per token.
+
+        Args:
+            grad_values, index, here: (N, K) gradients, their columns, and whether these are columns here;
+                the column of one that is not must exist all the same.
+            hidden, weight: the head's input (N, D) and weight.
+        """
+        self.hidden = _sum(self.hidden, sparse_sums(grad_values.masked_fill(~here, 0), index, weight))
+        # Not as zeros of some column: it would have most of all summands, and one program adds them up.
+        ids = index.masked_fill(~here, -1)
+        more, sums = sparse_weight_grad(grad_values, ids, hidden, len(weight), with_sums=True)
+        self.weight, self.bias = _sum(self.weight, more), _sum(self.bias, sums)
 
 
 def _sum(total: Tensor | None, more: Tensor) -> Tensor:

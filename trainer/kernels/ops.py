@@ -1,14 +1,13 @@
 """The fused operations as operators of torch, and the one rule by which each call finds its implementation.
 
-Tensors on a GPU are worked on by Triton's kernels where Triton is installed (``trainer.kernels.triton_rows``
-and ``triton_sparse``), everything else by ``trainer.kernels.eager``. Both compute what
+Tensors on a GPU are worked on by Triton's kernels where Triton is installed (``trainer.kernels.triton_logits``
+and ``triton_sparse``), everything else by plain torch (``logits`` and ``sparse``). Both compute what
 ``trainer.kernels.reference`` defines; shapes, dtypes and errors are documented here for both.
 
 As operators they have a shape function, so fake tensors and torch.compile go through them without running
-them. They know no autograd: the autograd functions of ``concept_head``, ``lm_head`` and ``sparse`` call them.
+them. They know no autograd: ``concept_head``, ``lm_head`` and ``sparse_decode`` call them inside their own.
 
-Legend: n rows (tokens), D width, M columns (concepts or vocabulary), K kept latents, A targets per token.
-Logits count with ``bias`` added and as -inf from column ``num_valid`` on. All tensors are made contiguous.
+Legend: n rows (tokens), D width, C columns (concepts or vocabulary), K kept columns, A targets per token.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from trainer.kernels import eager
+from trainer.kernels import logits as eager_logits
+from trainer.kernels import sparse as eager_sparse
 
 
 @cache
@@ -30,176 +30,158 @@ def has_triton() -> bool:
 
 
 def triton_serves(tensor: Tensor) -> bool:
-    """The rule of dispatch. Tests replace it to compare both implementations on one device."""
+    """The rule of dispatch. Tests and benchmarks replace it to compare both implementations."""
     return tensor.is_cuda and has_triton()
 
 
-def _rows(tensor: Tensor) -> ModuleType:
-    if not triton_serves(tensor):
-        return eager
+def _for_logits(logits: Tensor) -> ModuleType:
+    assert logits.is_contiguous(), "a row's logits must lie side by side"
+    if not triton_serves(logits):
+        return eager_logits
     # Not at the top: no CPU run needs Triton, and importing it takes a second.
-    from trainer.kernels import triton_rows
+    from trainer.kernels import triton_logits
 
-    return triton_rows
+    return triton_logits
 
 
-def _sparse(tensor: Tensor) -> ModuleType:
-    if not triton_serves(tensor):
-        return eager
+def _for_sparse(table: Tensor) -> ModuleType:
+    if not triton_serves(table):
+        return eager_sparse
     from trainer.kernels import triton_sparse
 
     return triton_sparse
 
 
-# Rows of logits
+# Rows of logits. A row c with targets t_1..t_A of weights w_1..w_A has the loss sum_a w_a (lse(c) - c[t_a]).
 
 
-@torch.library.custom_op("cocomix::row_statistics", mutates_args=())
-def row_statistics(
-    logits: Tensor, bias: Tensor | None, targets: Tensor, top_k: int, num_valid: int, first_column: int
+@torch.library.custom_op("cocomix::logit_pass_", mutates_args=("logits",))
+def logit_pass_(
+    logits: Tensor, index: Tensor, weights: Tensor, total: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What each row of logits says, in one pass.
+    """Reduce rows and replace them by the gradient of their loss, in one pass.
 
     Args:
-        logits: (n, M) of any floating dtype, without the bias.
-        bias: (M,) or None.
-        targets: (n, A) int64 columns of the whole matrix, negative for none; A may be 0.
-        top_k: K, at most M; 0 keeps none.
-        num_valid: columns here that are not padding.
-        first_column: number of the first column here among those of all ranks.
+        logits: (n, C) of any floating dtype, which the gradient keeps; -inf where there is padding.
+        index: (n, A) int64 columns of the targets, each from 0 to C - 1.
+        weights: (n, A) fp32 of the targets; 0 where another rank has the column or there is no target.
+        total: (n, 1) fp32 sum of a row's weights over all ranks.
+        top_k: K from 0 to C.
 
     Returns:
-        Log-sum-exp (n, 1), the targets' logits (n, A), 0 where the target is none of these columns, the
-        K largest logits (n, K), largest first, all fp32, and their ids (n, K) int64, counted from 0 here.
-        Of equal logits Triton's kernel takes the smaller ids; the eager one any.
+        fp32 log-sum-exp (n, 1) and weighted sum of the targets' logits (n, 1), the K largest logits
+        (n, K) in their dtype, largest first, and their columns (n, K) int64. Of equal logits Triton's
+        kernel takes the first columns; the eager pass takes any.
     """
-    _check_rows(logits, top_k)
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _rows(logits).row_statistics(
-        logits, bias, targets.contiguous(), top_k, num_valid, first_column
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _for_logits(logits).logit_pass_(
+        logits, index.contiguous(), weights.contiguous(), total.contiguous(), top_k
     )
     return found
 
 
-@torch.library.custom_op("cocomix::row_loss_", mutates_args=("logits",))
-def row_loss_(
-    logits: Tensor, bias: Tensor | None, targets: Tensor, top_k: int, num_valid: int, first_column: int
+@torch.library.custom_op("cocomix::summarise", mutates_args=())
+def summarise(
+    logits: Tensor, index: Tensor, weights: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`row_statistics`, then :func:`row_gradient_` with this log-sum-exp: logits cross the bus once."""
-    _check_rows(logits, top_k)
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _rows(logits).row_loss_(
-        logits, bias, targets.contiguous(), top_k, num_valid, first_column
+    """As :func:`logit_pass_`, and leave the rows as they are; one of -inf alone has the log-sum-exp -inf."""
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _for_logits(logits).summarise(
+        logits, index.contiguous(), weights.contiguous(), top_k
     )
     return found
 
 
-@torch.library.custom_op("cocomix::row_gradient_", mutates_args=("logits",))
-def row_gradient_(
-    logits: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, num_valid: int, first_column: int
-) -> None:
-    """Replace logits by the gradient of 1/A sum_a CE(row, target_a) over the targets that are not negative.
+@torch.library.custom_op("cocomix::logit_gradient_", mutates_args=("logits",))
+def logit_gradient_(logits: Tensor, lse: Tensor, index: Tensor, weights: Tensor, total: Tensor) -> None:
+    """Replace rows by the gradient of their loss: total softmax(c) - sum_a weights_a e[index_a].
 
     Args:
-        logits: (n, M), as for :func:`row_statistics`; keeps its dtype.
-        bias: (M,) or None.
-        targets: (n, A).
+        logits: (n, C).
         lse: (n, 1) fp32 log-sum-exp over the columns of all ranks.
-        num_valid: columns here that are not padding; the others get 0.
-        first_column: number of the first column here.
+        index, weights, total: as for :func:`logit_pass_`.
     """
-    _check_rows(logits, 0)
-    _rows(logits).row_gradient_(logits, bias, targets.contiguous(), lse.contiguous(), num_valid, first_column)
+    _for_logits(logits).logit_gradient_(
+        logits, lse.contiguous(), index.contiguous(), weights.contiguous(), total.contiguous()
+    )
 
 
-@torch.library.custom_op("cocomix::count_above", mutates_args=())
-def count_above(logits: Tensor, bias: Tensor | None, thresholds: Tensor, num_valid: int) -> Tensor:
-    """How many of a row's logits lie above each threshold: (n, M), (M,), (n, A) fp32 -> (n, A) int64."""
-    _check_rows(logits, 0)
-    counts: Tensor = _rows(logits).count_above(logits, bias, thresholds.contiguous(), num_valid)
-    return counts
-
-
-def _check_rows(logits: Tensor, top_k: int) -> None:
-    assert logits.is_contiguous(), "a row's logits must lie side by side"
-    assert top_k <= logits.shape[1], "more logits are to be kept than there are"
-
-
-def _row_shapes(
-    logits: Tensor, bias: Tensor | None, targets: Tensor, top_k: int, num_valid: int, first_column: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _summary(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows = logits.shape[0]
     return (
         logits.new_empty(num_rows, 1, dtype=torch.float32),
-        logits.new_empty(targets.shape, dtype=torch.float32),
-        logits.new_empty(num_rows, top_k, dtype=torch.float32),
+        logits.new_empty(num_rows, 1, dtype=torch.float32),
+        logits.new_empty(num_rows, top_k),
         logits.new_empty(num_rows, top_k, dtype=torch.int64),
     )
 
 
-row_statistics.register_fake(_row_shapes)
-row_loss_.register_fake(_row_shapes)
-
-
-@row_gradient_.register_fake
+@logit_pass_.register_fake
 def _(
-    logits: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, num_valid: int, first_column: int
-) -> None:
+    logits: Tensor, index: Tensor, weights: Tensor, total: Tensor, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _summary(logits, top_k)
+
+
+@summarise.register_fake
+def _(logits: Tensor, index: Tensor, weights: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _summary(logits, top_k)
+
+
+@logit_gradient_.register_fake
+def _(logits: Tensor, lse: Tensor, index: Tensor, weights: Tensor, total: Tensor) -> None:
     return None
 
 
-@count_above.register_fake
-def _(logits: Tensor, bias: Tensor | None, thresholds: Tensor, num_valid: int) -> Tensor:
-    return torch.empty_like(thresholds, dtype=torch.int64, memory_format=torch.contiguous_format)
+# Products with K entries per token, given as values (n, K) and ids (n, K) of rows of a weight (M, D).
 
 
-# Products with K entries per token
-
-
-@torch.library.custom_op("cocomix::sparse_decode", mutates_args=())
-def sparse_decode(values: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+@torch.library.custom_op("cocomix::sparse_sums", mutates_args=())
+def sparse_sums(values: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     """y_n = sum_k values_nk W[ids_nk], added up in fp32.
 
     Args:
-        values: (n, K) in the weight's dtype.
+        values: (n, K) of any floating dtype.
         ids: (n, K) int64, each a row of the weight.
         weight: (M, D).
 
     Returns:
         (n, D) in the weight's dtype.
     """
-    decoded: Tensor = _sparse(weight).sparse_decode(
-        values.contiguous(), ids.contiguous(), weight.contiguous()
-    )
-    return decoded
+    sums: Tensor = _for_sparse(weight).sparse_sums(values.contiguous(), ids.contiguous(), weight.contiguous())
+    return sums
 
 
 @torch.library.custom_op("cocomix::sparse_dots", mutates_args=())
 def sparse_dots(rows: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     """d_nk = <rows_n, W[ids_nk]>: rows (n, D), ids (n, K) int64, weight (M, D) -> (n, K) in its dtype."""
-    dots: Tensor = _sparse(weight).sparse_dots(rows.contiguous(), ids.contiguous(), weight.contiguous())
+    dots: Tensor = _for_sparse(weight).sparse_dots(rows.contiguous(), ids.contiguous(), weight.contiguous())
     return dots
 
 
-@torch.library.custom_op("cocomix::add_sparse_grads_", mutates_args=("grad", "sums"))
-def add_sparse_grads_(
-    grad: Tensor, sums: Tensor | None, coefficients: Tensor, ids: Tensor, rows: Tensor
-) -> None:
-    """grad[ids_nk] += coefficients_nk rows_n and sums[ids_nk] += coefficients_nk, added up in fp32.
+@torch.library.custom_op("cocomix::sparse_weight_grad", mutates_args=())
+def sparse_weight_grad(
+    coefficients: Tensor, ids: Tensor, rows: Tensor, num_ids: int, with_sums: bool = False
+) -> tuple[Tensor, Tensor]:
+    """G[m] = sum of coefficients_nk rows_n, and s[m] = sum of coefficients_nk, over the (n, k) with ids_nk = m.
 
-    On a GPU without Triton the order of the summands, and so the last bits, differ from call to call.
+    Sums are fp32, because a popular concept collects thousands of summands, and have a fixed order.
 
     Args:
-        grad: (M, D) fp32.
-        sums: (M,) fp32 or None.
         coefficients: (n, K).
         ids: (n, K) int64; entries outside 0 to M - 1 count nowhere.
         rows: (n, D).
+        num_ids: M.
+        with_sums: whether s is wanted.
+
+    Returns:
+        G (M, D) and s (M,), or an empty s; both fp32.
     """
-    assert grad.is_contiguous(), "the gradient is added to in place"
-    coefficients, ids, rows = coefficients.contiguous(), ids.contiguous(), rows.contiguous()
-    _sparse(grad).add_sparse_grads_(grad, sums, coefficients, ids, rows)
+    found: tuple[Tensor, Tensor] = _for_sparse(rows).sparse_weight_grad(
+        coefficients.contiguous(), ids.contiguous(), rows.contiguous(), num_ids, with_sums
+    )
+    return found
 
 
-@sparse_decode.register_fake
+@sparse_sums.register_fake
 def _(values: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     return weight.new_empty(ids.shape[0], weight.shape[1])
 
@@ -209,6 +191,9 @@ def _(rows: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     return weight.new_empty(ids.shape)
 
 
-@add_sparse_grads_.register_fake
-def _(grad: Tensor, sums: Tensor | None, coefficients: Tensor, ids: Tensor, rows: Tensor) -> None:
-    return None
+@sparse_weight_grad.register_fake
+def _(
+    coefficients: Tensor, ids: Tensor, rows: Tensor, num_ids: int, with_sums: bool = False
+) -> tuple[Tensor, Tensor]:
+    sums = rows.new_empty(num_ids if with_sums else 0, dtype=torch.float32)
+    return rows.new_empty(num_ids, rows.shape[1], dtype=torch.float32), sums

@@ -40,40 +40,32 @@ def concept_head(
     return loss, values.to(hidden.dtype), ids
 
 
-def row_statistics(
-    logits: Tensor, bias: Tensor | None, targets: Tensor, top_k: int, num_valid: int, first_column: int
+def summarise(
+    logits: Tensor, index: Tensor, weights: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-sum-exp (n, 1), targets' logits (n, A), K largest logits and their ids of rows of logits (n, M).
+    """Log-sum-exp (n, 1), weighted sum of the targets' logits (n, 1), K largest logits with their columns.
 
-    A row's logits are c = logits + bias, -inf from ``num_valid`` on. ``targets`` (n, A) count from
-    ``-first_column``; the logit of a target that is none of these columns is 0. Of equal logits the one with
-    the smaller id comes first.
+    Targets are the columns ``index`` (n, A); those of weight 0 are none. Of equal logits of a row (n, C) the
+    one with the smaller column comes first.
     """
-    c = _real_logits(logits, bias, num_valid)
-    ordered = c.sort(dim=-1, descending=True, stable=True)
-    one_hot = _one_hot(targets - first_column, c.shape[1])
-    target_logits = torch.where(one_hot, c.unsqueeze(1), 0).sum(-1)
+    c = logits.float()
+    ordered = logits.sort(dim=-1, descending=True, stable=True)
+    by_column = _weights_by_column(index, weights, c)
+    target_sum = torch.where(by_column == 0, 0, by_column * c).sum(-1, keepdim=True)
     lse = c.logsumexp(-1, keepdim=True)
-    return lse, target_logits, ordered.values[:, :top_k], ordered.indices[:, :top_k]
+    return lse, target_sum, ordered.values[:, :top_k], ordered.indices[:, :top_k]
 
 
-def row_gradient(
-    logits: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, num_valid: int, first_column: int
-) -> Tensor:
-    """d/dc of 1/A sum_a (lse - c[target_a]) over the targets that are not negative; (n, M) fp32."""
-    c = _real_logits(logits, bias, num_valid)
-    share = (targets >= 0).float() / targets.shape[1]
-    at_targets = (_one_hot(targets - first_column, c.shape[1]) * share.unsqueeze(-1)).sum(1)
-    return (c - lse).exp() * share.sum(-1, keepdim=True) - at_targets
+def logit_gradient(logits: Tensor, lse: Tensor, index: Tensor, weights: Tensor, total: Tensor) -> Tensor:
+    """total softmax(c) - sum_a weights_a e[index_a] of rows c (n, C) in fp32."""
+    c = logits.float()
+    return (c - lse).exp() * total - _weights_by_column(index, weights, c)
 
 
-def _real_logits(logits: Tensor, bias: Tensor | None, num_valid: int) -> Tensor:
-    c = logits.float() if bias is None else logits.float() + bias.float()
-    return c.masked_fill(torch.arange(c.shape[1], device=c.device) >= num_valid, -torch.inf)
-
-
-def _one_hot(columns: Tensor, num_columns: int) -> Tensor:
-    return columns.unsqueeze(-1) == torch.arange(num_columns, device=columns.device)
+def _weights_by_column(index: Tensor, weights: Tensor, c: Tensor) -> Tensor:
+    """Sum of a row's target weights at each column, (n, C)."""
+    one_hot = index.unsqueeze(-1) == torch.arange(c.shape[1], device=c.device)
+    return (one_hot * weights.unsqueeze(-1)).sum(1)
 
 
 def sparse_decode(values: Tensor, ids: Tensor, weight: Tensor) -> Tensor:

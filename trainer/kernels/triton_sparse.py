@@ -23,7 +23,7 @@ _ENTRIES = 16  # summands of a concept in work
 
 
 @triton.jit
-def _decode_kernel(
+def _sums_kernel(
     values,
     ids,
     weight,
@@ -77,7 +77,7 @@ def _dots_kernel(
 
 
 @triton.jit
-def _add_kernel(
+def _weight_grad_kernel(
     grad,
     sums,
     coefficients,
@@ -86,42 +86,37 @@ def _add_kernel(
     starts,
     width,
     top_k: tl.constexpr,
-    has_sums: tl.constexpr,
+    with_sums: tl.constexpr,
     block: tl.constexpr,
     num_entries: tl.constexpr,
 ):
-    """Add all summands of one concept to ``block`` columns of its row of ``grad``."""
+    """Add up all summands of one concept, for ``block`` columns of its row of ``grad``."""
     concept = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < width
-    first = tl.load(starts + concept)
     last = tl.load(starts + concept + 1)
-    if first < last:
-        total = tl.zeros((num_entries, block), tl.float32)
-        counted = tl.zeros((num_entries,), tl.float32)
-        for start in range(first, last, num_entries):
-            entry = start + tl.arange(0, num_entries)
-            there = entry < last
-            place = tl.load(order + entry, mask=there, other=0)
-            factor = tl.load(coefficients + place, mask=there, other=0.0).to(tl.float32)
-            summand = rows + (place // top_k)[:, None] * width + columns[None, :]
-            x = tl.load(summand, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
-            total += factor[:, None] * x
-            counted += factor
-        target = grad + concept * width + columns
-        tl.store(target, tl.load(target, mask=inside, other=0.0) + tl.sum(total, 0), mask=inside)
-        if has_sums:
-            is_first = tl.program_id(1) == 0
-            before = tl.load(sums + concept, mask=is_first, other=0.0)
-            tl.store(sums + concept, before + tl.sum(counted, 0), mask=is_first)
+    total = tl.zeros((num_entries, block), tl.float32)
+    counted = tl.zeros((num_entries,), tl.float32)
+    for start in range(tl.load(starts + concept), last, num_entries):
+        entry = start + tl.arange(0, num_entries)
+        there = entry < last
+        place = tl.load(order + entry, mask=there, other=0)
+        factor = tl.load(coefficients + place, mask=there, other=0.0).to(tl.float32)
+        summand = rows + (place // top_k)[:, None] * width + columns[None, :]
+        x = tl.load(summand, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        total += factor[:, None] * x
+        counted += factor
+    tl.store(grad + concept * width + columns, tl.sum(total, 0), mask=inside)
+    if with_sums:
+        tl.store(sums + concept, tl.sum(counted, 0), mask=tl.program_id(1) == 0)
 
 
-def sparse_decode(values: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
-    """See :func:`trainer.kernels.ops.sparse_decode`."""
+def sparse_sums(values: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    """See :func:`trainer.kernels.ops.sparse_sums`."""
     num_rows, top_k = ids.shape
     width = weight.shape[1]
     out = weight.new_empty(num_rows, width)
-    _decode_kernel[num_rows, triton.cdiv(width, _WIDTH)](
+    _sums_kernel[num_rows, triton.cdiv(width, _WIDTH)](
         values, ids, weight, out, width, top_k=top_k, block=_WIDTH, unroll=_UNROLL, num_warps=1
     )
     return out
@@ -146,25 +141,28 @@ def sparse_dots(rows: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def add_sparse_grads_(
-    grad: Tensor, sums: Tensor | None, coefficients: Tensor, ids: Tensor, rows: Tensor
-) -> None:
-    """See :func:`trainer.kernels.ops.add_sparse_grads_`."""
-    num_ids, width = grad.shape
+def sparse_weight_grad(
+    coefficients: Tensor, ids: Tensor, rows: Tensor, num_ids: int, with_sums: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`trainer.kernels.ops.sparse_weight_grad`."""
+    width = rows.shape[1]
     # int32: half the passes of the radix sort.
-    sorted_ids, order = torch.sort(ids.reshape(-1).to(torch.int32), stable=True)
+    sorted_ids, order = torch.sort(ids.view(-1).to(torch.int32), stable=True)
     starts = torch.searchsorted(sorted_ids, torch.arange(num_ids + 1, dtype=torch.int32, device=ids.device))
-    _add_kernel[num_ids, triton.cdiv(width, _WIDTH)](
+    grad = rows.new_empty(num_ids, width, dtype=torch.float32)
+    sums = grad.new_empty(num_ids if with_sums else 0)
+    _weight_grad_kernel[num_ids, triton.cdiv(width, _WIDTH)](
         grad,
-        grad if sums is None else sums,
+        sums,
         coefficients,
         rows,
         order,
         starts,
         width,
         top_k=ids.shape[1],
-        has_sums=sums is not None,
+        with_sums=with_sums,
         block=_WIDTH,
         num_entries=_ENTRIES,
         num_warps=4,
     )
+    return grad, sums

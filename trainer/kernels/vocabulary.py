@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parallel.tensor import TensorGroup
-from trainer.kernels.logits import RowSummary, Targets, gradient_, logit_pass_, summarise
+from trainer.kernels.ops import logit_gradient_, logit_pass_, summarise
 
 
 class LocalColumns:
@@ -72,32 +72,41 @@ def cross_entropy_(
         with_grad: whether the gradient is wanted.
     """
     index, here = columns.find(ids)
-    targets = Targets(index, weights * here, weights.sum(1, keepdim=True))
-    # Not by multiplying with the weight 0: the column that stands in for none may be -inf.
-    picked = logits.gather(1, index).float().masked_fill(~here, 0)
-    target_sum = (picked * targets.weights).sum(1, keepdim=True)
-    if columns.tp.size == 1:
+    here_weights, total = weights * here, weights.sum(1, keepdim=True)
+    if columns.tp.size == 1 and with_grad:
         # Alone, no other rank's columns have to be heard of between the sum and the gradient.
-        rows = logit_pass_(logits, targets, top_k) if with_grad else summarise(logits, top_k)
+        rows = _RowSummary(*logit_pass_(logits, index, here_weights, total, top_k))
     else:
-        rows = summarise(logits, min(top_k, logits.shape[1]))
-        rows, target_sum = _merge(rows, target_sum, top_k, columns)
+        own = summarise(logits, index, here_weights, min(top_k, logits.shape[1]))
+        rows = _merge(_RowSummary(*own), top_k, columns)
         if with_grad:
-            gradient_(logits, rows.lse, targets)
-    loss = (rows.lse * targets.total - target_sum).sum()
+            logit_gradient_(logits, rows.lse, index, here_weights, total)
+    loss = (rows.lse * total - rows.target_sum).sum()
     return RowLosses(loss, rows.values, rows.ids)
 
 
-def _merge(
-    own: RowSummary, target_sum: Tensor, top_k: int, columns: LocalColumns
-) -> tuple[RowSummary, Tensor]:
+class _RowSummary(NamedTuple):
+    lse: Tensor  # (n, 1)
+    target_sum: Tensor  # (n, 1)
+    values: Tensor  # (n, K)
+    ids: Tensor  # (n, K)
+
+
+def _merge(own: _RowSummary, top_k: int, columns: LocalColumns) -> _RowSummary:
     """Exact log-sum-exp, top-K and sum over all ranks' columns."""
+    if columns.tp.size == 1:
+        return own
     ids = (own.ids + columns.start).to(torch.int32).view(torch.float32)  # bits, not values
-    gathered = columns.tp.all_gather(torch.cat([own.lse, target_sum, own.values.float(), ids], dim=-1))
-    lse = gathered[..., :1].logsumexp(0)
+    gathered = columns.tp.all_gather(torch.cat([own.lse, own.target_sum, own.values.float(), ids], dim=-1))
     candidates = gathered[..., 2:].unflatten(-1, (2, -1))  # (tp, n, 2, k)
     values = candidates[:, :, 0].transpose(0, 1).flatten(1)
     all_ids = candidates[:, :, 1].contiguous().view(torch.int32).transpose(0, 1).flatten(1)
-    best = values.topk(top_k, dim=-1)
-    merged = RowSummary(lse, best.values.to(own.values.dtype), all_ids.gather(1, best.indices).long())
-    return merged, gathered[..., 1:2].sum(0)
+    # Stable, not topk: of equal logits those of the first rank have the smaller ids.
+    ordered = values.sort(dim=-1, descending=True, stable=True)
+    best, places = ordered.values[:, :top_k], ordered.indices[:, :top_k]
+    return _RowSummary(
+        gathered[..., :1].logsumexp(0),
+        gathered[..., 1:2].sum(0),
+        best.to(own.values.dtype),
+        all_ids.gather(1, places).long(),
+    )

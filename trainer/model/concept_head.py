@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from parallel.tensor import TensorGroup, local
 from trainer.config import ConceptsConfig
 from trainer.kernels.concept_head import ConceptHeadOutput, concept_head
-from trainer.kernels.sparse import sparse_decode
+from trainer.kernels.sparse_decode import sparse_decode
 from trainer.model.padding import padded
 
 _STD_EPS = 1e-5  # added to the standard deviation, not to the variance: as in the published SAEs

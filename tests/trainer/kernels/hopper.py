@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from trainer.kernels import triton_rows, triton_sparse
+from trainer.kernels import triton_logits, triton_sparse
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
@@ -71,17 +71,15 @@ def launches() -> None:
     def ids(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.int64, device="cuda")
 
-    for logits, bias in ((bf16(n, concepts), bf16(concepts)), (fp32(n, concepts), fp32(concepts))):
-        triton_rows.row_loss_(logits, bias, ids(n, 4), top_k, concepts, 0)
-    triton_rows.row_loss_(bf16(n, vocab), None, ids(n, 1), 0, 50257, 0)
-    triton_rows.row_gradient_(bf16(n, vocab // 2), None, ids(n, 1), fp32(n, 1), 25105, vocab // 2)
-    triton_rows.count_above(bf16(n, concepts), bf16(concepts), fp32(n, 4), concepts)
-    triton_sparse.sparse_decode(bf16(n, top_k), ids(n, top_k), bf16(concepts, width))
+    for logits in (bf16(n, concepts), fp32(n, concepts)):
+        triton_logits.logit_pass_(logits, ids(n, 4), fp32(n, 4), fp32(n, 1), top_k)
+    triton_logits.logit_pass_(bf16(n, vocab), ids(n, 1), fp32(n, 1), fp32(n, 1), 0)
+    triton_logits.summarise(bf16(n, concepts // 2), ids(n, 4), fp32(n, 4), top_k)
+    triton_logits.logit_gradient_(bf16(n, vocab // 2), fp32(n, 1), ids(n, 1), fp32(n, 1), fp32(n, 1))
+    triton_sparse.sparse_sums(bf16(n, top_k), ids(n, top_k), bf16(concepts, width))
     triton_sparse.sparse_dots(bf16(n, width), ids(n, top_k), bf16(concepts, width))
     triton_sparse.sparse_dots(fp32(n, 768), ids(n, top_k), fp32(concepts, 768))
-    triton_sparse.add_sparse_grads_(
-        fp32(concepts, width), fp32(concepts), bf16(n, top_k), ids(n, top_k), bf16(n, width)
-    )
+    triton_sparse.sparse_weight_grad(bf16(n, top_k), ids(n, top_k), bf16(n, width), concepts, True)
 
 
 def main() -> int:

@@ -15,10 +15,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.slow
 def test_kernels_compile_without_spills(tmp_path: Path) -> None:
-    """Catches what the interpreter accepts and the compiler refuses, register spills, and narrow loads.
-
-    The mask of a vocabulary of 50257 tokens, an odd number, must not split the loads of its rows.
-    """
+    """Catches what the interpreter accepts and the compiler refuses, register spills, and narrow loads."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
