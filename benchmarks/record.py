@@ -26,7 +26,17 @@ from data.files import replace_text, sync_folder
 from trainer.checkpoint.state import code_version
 
 RECORDS = Path(__file__).parent / "records"
-LIBRARIES = ("torch", "torchtitan", "webdataset", "numpy", "safetensors", "tokenizers", "xxhash", "deepspeed")
+LIBRARIES = (
+    "torch",
+    "torchtitan",
+    "webdataset",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "xxhash",
+    "deepspeed",
+    "triton",
+)
 
 
 @dataclass(slots=True)

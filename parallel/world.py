@@ -73,6 +73,19 @@ def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Wor
     return World(rank=rank, size=size, local_rank=local_rank, device=chosen, timeout_s=timeout_s)
 
 
+def use_deterministic_algorithms() -> None:
+    """Have every operation of this process give the same bits each time, also on a GPU.
+
+    There attention would otherwise add up the gradient of the queries in the order in which its blocks end.
+    An operation that cannot do it raises.
+    """
+    # cuBLAS wants workspaces of a fixed size for that, and reads it at its first product.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # No operation here reads memory before it is written; filling it would cost a pass each time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def stop_world() -> None:
     """Leave the process group; does nothing when there is none.
 

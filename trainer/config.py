@@ -34,6 +34,10 @@ class RunSection:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where it is present."""
 
+    deterministic: bool = False
+    """The same bits from every run on the same GPUs, also from a resumed one, at the price of a slower
+    backward of attention. On a CPU they are the same anyway."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:

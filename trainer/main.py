@@ -19,7 +19,7 @@ from pathlib import Path
 
 from data.cli import run_cli
 from data.files import replace_text
-from parallel.world import World, start_world, stop_world
+from parallel.world import World, start_world, stop_world, use_deterministic_algorithms
 from trainer.build import Parts, build_parts
 from trainer.checkpoint.io import Checkpointer
 from trainer.checkpoint.policy import CheckpointPolicy, slurm_deadline
@@ -85,6 +85,8 @@ def train(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
         ValueError, DataError, OSError: the configuration and what it names do not fit together.
         CheckpointError: there are checkpoints but none to continue from.
     """
+    if config.run.deterministic:
+        use_deterministic_algorithms()
     parts = build_parts(config, world)
     run_dir = open_run_directory(config, world)
     keep = config.checkpoint

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.students import Student, build_student, load_student, teacher_sizes
-from parallel.world import start_world, stop_world
+from parallel.world import start_world, stop_world, use_deterministic_algorithms
 
 ROOT = Path(__file__).parents[2]
 _STEPS = 4
@@ -54,8 +54,8 @@ def resume(report: Report, device: torch.device, *, dry_run: bool) -> None:
     """
     start_world("cuda" if device.type == "cuda" else "cpu", timeout_s=120.0)
     for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        if deterministic:
+            use_deterministic_algorithms()
         config = load_student("69m", "cocomix", dry_run=dry_run)
         student = build_student(config, device, teacher_sizes(dry_run=dry_run))
         _train(student, 0)

@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.kernels.reference import MASKED_TARGET
 from trainer.kernels.ops import sparse_dots
+from trainer.kernels.reference import MASKED_TARGET
 from trainer.model.gpt2 import GPT2
 
 

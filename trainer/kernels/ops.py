@@ -1,8 +1,8 @@
 """The fused operations as operators of torch, and the one rule by which each call finds its implementation.
 
-Tensors on a GPU are worked on by Triton's kernels where Triton is installed (``trainer.kernels.triton_logits``
-and ``triton_sparse``), everything else by plain torch (``logits`` and ``sparse``). Both compute what
-``trainer.kernels.reference`` defines; shapes, dtypes and errors are documented here for both.
+Tensors on a GPU are worked on by Triton's kernels where Triton is installed (``triton_logits`` and
+``triton_sparse``), everything else by plain torch (``logits`` and ``sparse``). Both compute what
+``reference`` defines; shapes, dtypes and errors are documented here for both.
 
 As operators they have a shape function, so fake tensors and torch.compile go through them without running
 them. They know no autograd: ``concept_head``, ``lm_head`` and ``sparse_decode`` call them inside their own.
@@ -161,7 +161,7 @@ def sparse_dots(rows: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
 def sparse_weight_grad(
     coefficients: Tensor, ids: Tensor, rows: Tensor, num_ids: int, with_sums: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """G[m] = sum of coefficients_nk rows_n, and s[m] = sum of coefficients_nk, over the (n, k) with ids_nk = m.
+    """G[m] = sum of coefficients_nk rows_n and s[m] = sum of coefficients_nk, both over ids_nk = m.
 
     Sums are fp32, because a popular concept collects thousands of summands, and have a fixed order.
 

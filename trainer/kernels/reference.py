@@ -57,7 +57,7 @@ def summarise(
 
 
 def logit_gradient(logits: Tensor, lse: Tensor, index: Tensor, weights: Tensor, total: Tensor) -> Tensor:
-    """total softmax(c) - sum_a weights_a e[index_a] of rows c (n, C) in fp32."""
+    """Rows c (n, C) -> total softmax(c) - sum_a weights_a e[index_a], (n, C) fp32."""
     c = logits.float()
     return (c - lse).exp() * total - _weights_by_column(index, weights, c)
 

@@ -1,8 +1,8 @@
-"""Products with a row-sparse matrix that has K entries per token, in plain torch: on CPUs, or without Triton.
+"""Products with a row-sparse matrix of K entries per token, in plain torch: on CPUs, or without Triton.
 
 With S (N, M) holding ``values_nk`` at column ``ids_nk``: :func:`sparse_sums` is S W, :func:`sparse_dots` is
 X W^T at the entries of S, :func:`sparse_weight_grad` is S^T X. None of them forms an (N, M) or (N, K, D)
-tensor. Called through ``trainer.kernels.ops``, which documents them; definitions in ``trainer.kernels.reference``.
+tensor. Called through ``trainer.kernels.ops``, which documents them.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def test_sparse_products_equal_dense_ones(implementation: str, dtype: torch.dtyp
 @pytest.mark.parametrize("with_sums", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sparse_gradients_equal_dense_ones(implementation: str, dtype: torch.dtype, with_sums: bool) -> None:
-    """Catches lost duplicates, ids outside that count somewhere, and a concept without entries left unwritten."""
+    """Catches lost duplicates, ids outside that count somewhere, a row without entries left unwritten."""
     coefficients, ids = _random(40, 3, seed=0, dtype=dtype), _integers(-2, 13, 40, 3, seed=1)
     ids[ids == 6] = 7  # nobody keeps concept 6
     rows = _random(40, 270, seed=2, dtype=dtype)
