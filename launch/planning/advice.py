@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from launch.planning.forecast import Plan, make_plan
 from launch.planning.layout import Cluster
-from trainer.config import RunConfig
+from trainer.config import ConceptsConfig, RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,11 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, RunConfig, Cluster]]:
             replace(config, train=replace(train, microbatch_size=size)),
             cluster,
         )
+    # What several ranks do together cannot run ahead on a stream of its own.
+    together, in_order = "", config
+    if plan.teacher is not None and config.concepts is not None and config.concepts.ahead:
+        together, in_order = " --concepts.ahead=false", _in_order(config, config.concepts)
+        yield together.strip(), in_order, cluster
     if not parallel.reshard_after_forward:
         sharded = replace(parallel, reshard_after_forward=True)
         yield "--parallel.reshard_after_forward=true", replace(config, parallel=sharded), cluster
@@ -70,10 +75,11 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, RunConfig, Cluster]]:
     for tp in (2 * parallel.tp, 4 * parallel.tp):
         if tp <= cluster.gpus_per_node:
             split = replace(parallel, tp=tp, dp_shard=-1)
-            yield f"--parallel.tp={tp}{rest}", replace(config, parallel=split), cluster
+            yield f"--parallel.tp={tp}{rest}{together}", replace(in_order, parallel=split), cluster
     if plan.teacher is not None and not parallel.shard_teacher and layout.replica > 1:
         split_teacher = replace(parallel, shard_teacher=True)
-        yield "--parallel.shard_teacher=true", replace(config, parallel=split_teacher), cluster
+        switch = f"--parallel.shard_teacher=true{together}"
+        yield switch, replace(in_order, parallel=split_teacher), cluster
     if plan.teacher is not None and not parallel.shard_sae and layout.tp > 1:
         yield (
             "--parallel.shard_sae=true",
@@ -91,3 +97,7 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, RunConfig, Cluster]]:
     more = replace(cluster, num_nodes=2 * cluster.num_nodes)
     spread = replace(config, parallel=replace(parallel, dp_shard=-1))
     yield f"--nodes={more.num_nodes}{rest}", spread, more
+
+
+def _in_order(config: RunConfig, concepts: ConceptsConfig) -> RunConfig:
+    return replace(config, concepts=replace(concepts, ahead=False))

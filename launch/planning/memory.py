@@ -39,7 +39,8 @@ class Moment:
     parts: Mapping[str, int]
     """Bytes of tensors by what they are."""
     workspace: int = 0
-    """Bytes that a GPU's kernels allocate inside one operation; no tensor shows them."""
+    """Bytes that a GPU's kernels allocate inside one operation, and of work on another stream; no tensor
+    of this moment shows them."""
 
     @property
     def tensors(self) -> int:
@@ -58,6 +59,7 @@ class Book:
     def __init__(self) -> None:
         self.moments: list[Moment] = []
         self._held: Counter[str] = Counter()
+        self._beside = 0
 
     def hold(self, **parts: int) -> None:
         """Tensors that live on; underscores in a name stand for spaces."""
@@ -68,10 +70,14 @@ class Book:
         for name in names:
             del self._held[name.replace("_", " ")]
 
+    def run_beside(self) -> None:
+        """What the moments so far needed beyond what lives on may now be alive at any other moment."""
+        self._beside = max(moment.total for moment in self.moments) - sum(self._held.values())
+
     def note(self, moment: str, workspace: int = 0, **temporaries: int) -> None:
         """A moment at which ``temporaries`` are alive too."""
         parts = self._held + Counter({name.replace("_", " "): size for name, size in temporaries.items()})
-        self.moments.append(Moment(moment, dict(parts), workspace))
+        self.moments.append(Moment(moment, dict(parts), workspace + self._beside))
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +226,8 @@ def _microbatch(
     if teacher is not None:
         assert config.concepts is not None
         _extraction(book, config, layout, teacher, rows)
+        if config.concepts.ahead:
+            book.run_beside()
     reshard = config.parallel.reshard_after_forward
     _forward(book, s, reshard=reshard)
     _backward(book, s, reshard=reshard, accumulated=accumulated)

@@ -297,6 +297,29 @@ def test_advice_is_ordered_and_true() -> None:
         assert (tried[switch].needed, tried[switch].fits) == (other.needed, other.fits)
 
 
+def test_advice_about_targets_ahead() -> None:
+    """Catches advice that the configuration refuses: ranks that share a teacher cannot compute ahead."""
+    plan = plan_of("1b", "--concepts.ahead=true", ranks=8, gpu_memory_gb=24)
+    switches = [advice.switch for advice in advise(plan)]
+    assert "--concepts.ahead=false" in switches
+    for switch in switches:
+        if not switch.startswith("--nodes"):
+            plan_of("1b", "--concepts.ahead=true", *switch.split(), ranks=8)
+    assert any(switch.startswith("--parallel.tp=2") for switch in switches)
+
+
+def test_targets_ahead_need_their_memory_beside_the_student_s() -> None:
+    """Catches a plan that fits and a run that does not: both streams are at their peak at once."""
+    in_order, ahead = plan_of("1b"), plan_of("1b", "--concepts.ahead=true")
+    state = sum(
+        in_order.moments[-1].parts[name] for name in ("parameters", "optimizer", "teacher", "SAE", "metrics")
+    )
+    targets = [moment.total for moment in in_order.moments[:2]]
+    assert in_order.peak.name == ahead.peak.name
+    assert ahead.peak.total == in_order.peak.total + max(targets) - state
+    assert [moment.parts for moment in ahead.moments] == [moment.parts for moment in in_order.moments]
+
+
 def test_largest_microbatch() -> None:
     """Catches a size that does not fit, or one smaller than could be."""
     plan = plan_of("1b", gpu_memory_gb=40)

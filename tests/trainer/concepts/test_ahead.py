@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,10 +104,13 @@ def test_a_run_ahead_equals_one_in_order_bitwise(tiny_world: Path, tmp_path: Pat
     assert losses(tmp_path / "parts") == losses(tmp_path / "order")
 
 
-def test_tensor_parallel_runs_refuse_it(tiny_world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "value"), [("tp", 2), ("shard_teacher", True)])
+def test_a_teacher_that_ranks_share_refuses_it(
+    key: str, value: Any, tiny_world: Path, tmp_path: Path
+) -> None:
     """Catches collectives on two streams, whose order differs from rank to rank."""
-    with pytest.raises(ValueError, match=r"concepts\.ahead=true needs parallel\.tp=1, not 2"):
-        tiny_config(tiny_world, tmp_path, concepts__ahead=True, parallel__tp=2)
+    with pytest.raises(ValueError, match=rf"concepts\.ahead=true needs parallel\.{key}="):
+        tiny_config(tiny_world, tmp_path, concepts__ahead=True, **{f"parallel__{key}": value})
 
 
 @pytest.mark.gpu
