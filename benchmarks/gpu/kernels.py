@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -40,6 +41,20 @@ def measure(report: Report, device: torch.device, *, dry_run: bool) -> None:
             result = case.result()
             found["difference"] = float((result - expected).float().norm() / expected.float().norm())
         report.put(case.name, found)
+    if ops.has_triton() and device.type == "cuda":
+        _try_tiles(report, device, repeats)
+
+
+def _try_tiles(report: Report, device: torch.device, repeats: int) -> None:
+    """Other sizes of the pass over logits than the fixed ones: (columns at a time, warps)."""
+    from trainer.kernels import triton_logits
+
+    for block, num_warps in ((2048, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16)):
+        with mock.patch.multiple(triton_logits, _BLOCK=block, _NUM_WARPS=num_warps):
+            for case in _cases(device, dry_run=False):
+                if case.name.endswith("logit_pass"):
+                    milliseconds = 1e3 * median_seconds(case.run, device, repeats)
+                    report.put(f"{case.name}_tile_{block}x{num_warps}", {"triton_ms": milliseconds})
 
 
 def _cases(device: torch.device, *, dry_run: bool) -> Iterator[_Case]:

@@ -107,9 +107,9 @@ def test_rows_equal_the_dense_definition(
 @pytest.mark.usefixtures("triton")
 def test_rows_of_many_blocks() -> None:
     """Catches an error at a block's border, in the running maximum, or at the paper's K and A."""
-    logits = _random(2, 4160, seed=0)
-    logits[1, 3000:] += 40  # the maximum rises after the first block
-    index = torch.tensor([[0, 2047, 2048, 4159], [4100, 4100, 7, 2048]], device=DEVICE)
+    logits = _random(2, 8256, seed=0)
+    logits[1, 8200:] += 40  # the maximum rises after the first block
+    index = torch.tensor([[0, 8191, 8192, 8255], [8200, 8200, 7, 8192]], device=DEVICE)
     weights = torch.tensor([[0.25] * 4, [0.25, 0.25, 0.0, 0.25]], device=DEVICE)
     total = weights.sum(1, keepdim=True)
     expected = reference.summarise(logits, index, weights, 32)
