@@ -363,7 +363,9 @@ class RunConfig:
         if not concepts.ahead:
             return
         if concepts.source == "cache":
-            raise ValueError("concepts.ahead=true needs concepts.source=teacher: stored targets are only read")
+            raise ValueError(
+                "concepts.ahead=true needs concepts.source=teacher: stored targets are only read"
+            )
         if self.parallel.tp > 1:
             raise ValueError(
                 f"concepts.ahead=true needs parallel.tp=1, not {self.parallel.tp}: ranks that share rows "
