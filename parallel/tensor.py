@@ -15,10 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-# torch 2.13 renamed these two and warns of the old names, which torch 2.11 has alone.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 
 class TensorGroup:
     """One rank's place among the ranks that share a batch; by default it is alone.
@@ -31,6 +27,7 @@ class TensorGroup:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+        self.name = "" if group is None else group.group_name
 
     def split(self, total: int) -> slice:
         """This rank's equal part of ``total`` rows, columns or tokens.
@@ -75,9 +72,7 @@ class TensorGroup:
         """(...) of every rank -> (tp, ...), not differentiable."""
         if self.size == 1:
             return x.unsqueeze(0)
-        out = x.new_empty((self.size, *x.shape))
-        _all_gather(out.view(-1), x.contiguous().view(-1), group=self.group)
-        return out
+        return all_gather(x.reshape(-1), self.size, self.name).view(self.size, *x.shape)
 
     def share_rows(self, x: Tensor) -> Tensor:
         """This rank's share of the rows of x (R, ...), equally many on every rank.
@@ -110,14 +105,23 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local(grad_placements=placements)
 
 
+def all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    """Tensors x (n, ...) of the ``size`` ranks of the group with that name -> (size * n, ...)."""
+    # As an operation that returns its result, not one that fills a buffer: only that can be compiled,
+    # and kept while what surrounds it is recomputed.
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x, size, group)
+    out: Tensor = torch.ops._c10d_functional.wait_tensor(gathered)
+    return out
+
+
 def _gather(x: Tensor, tp: TensorGroup) -> Tensor:
     return tp.all_gather(x).transpose(0, 1).flatten(1, 2)
 
 
 def _sum_scatter(x: Tensor, tp: TensorGroup) -> Tensor:
-    parts = x.unflatten(1, (tp.size, -1)).transpose(0, 1).contiguous()
-    out = torch.empty_like(parts[0])
-    _reduce_scatter(out.view(-1), parts.view(-1), group=tp.group)
+    parts = x.unflatten(1, (tp.size, -1)).transpose(0, 1).flatten(0, 1).contiguous()
+    summed = torch.ops._c10d_functional.reduce_scatter_tensor(parts, "sum", tp.size, tp.name)
+    out: Tensor = torch.ops._c10d_functional.wait_tensor(summed)
     return out
 
 
