@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         ("gpu_memory_gb", "GiB of a GPU"),
         ("intra_gbps", "GB/s (1e9 bytes) that a GPU sends to others in its node"),
         ("inter_gbps", "GB/s that a GPU sends to other nodes"),
+        ("host_gbps", "GB/s between a GPU and the host's memory, for what is offloaded"),
         ("mfu", "share of the peak that the computation alone reaches"),
     ):
         parser.add_argument(
@@ -70,6 +71,7 @@ def _run(args: argparse.Namespace) -> int:
         gpu_memory_gb=args.gpu_memory_gb,
         intra_gbps=args.intra_gbps,
         inter_gbps=args.inter_gbps,
+        host_gbps=args.host_gbps,
         mfu=args.mfu,
         gpu_hour_price=args.gpu_hour_price,
     )

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from parallel.compile import compile_units
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
 from parallel.plan import ParallelPlan
+from parallel.recompute import recompute
 from parallel.tensor import TensorGroup
 
 Precision = Literal["fp32", "bf16"]
@@ -27,7 +32,7 @@ Precision = Literal["fp32", "bf16"]
 def apply_parallel(
     model: nn.Module, plan: ParallelPlan, mesh: Mesh, config: ParallelConfig, precision: Precision
 ) -> nn.Module:
-    """Shard ``model`` in place with FSDP2: one unit per module of the plan, the root last.
+    """Spread ``model`` in place: tensor parallelism, recomputation, compilation, then FSDP2.
 
     Gradients are summed over the data-parallel ranks, not averaged: the loss arrives divided by
     the number of tokens of the global batch. The weights that the optimizer sees stay fp32; with
@@ -45,29 +50,84 @@ def apply_parallel(
         The same model.
 
     Raises:
-        ValueError: The plan names a module that the model does not have.
+        ValueError: The plan names a module that the model does not have, or the layout does not suit
+            the model or the configuration.
     """
-    if mesh.tp is not None:
-        _split_tensors(model, plan, mesh.tp, tensor_group(mesh))
-    policy = _mixed_precision(precision)
     modules = dict(model.named_modules())
     for name in plan.fsdp_units:
         if name not in modules:
             raise ValueError(f"the plan's unit {name!r} is no module of {type(model).__name__}")
-        fully_shard(
-            modules[name],
-            mesh=mesh.fsdp,
-            mp_policy=policy,
-            reshard_after_forward=config.reshard_after_forward,
-        )
+    if mesh.tp is not None:
+        _split_tensors(model, plan, mesh.tp, tensor_group(mesh))
+    change_forward(model, plan, config)
+    _shard(model, plan, mesh, config, precision)
+    return model
+
+
+def change_forward(model: nn.Module, plan: ParallelPlan, config: ParallelConfig) -> None:
+    """Have the plan's units recompute activations and be compiled, in place, as configured."""
+    # Inside a compiled unit, torch 2.13 saves the mesh of a recomputed DTensor as if it were a tensor
+    # and fails. So tensor-parallel units are recomputed from outside, by the compiled forward.
+    if config.compile and config.tp > 1:
+        compile_units(model, plan)
+    recompute(model, plan, config.recompute)
+    if config.compile and config.tp == 1:
+        compile_units(model, plan)
+
+
+def _shard(
+    model: nn.Module, plan: ParallelPlan, mesh: Mesh, config: ParallelConfig, precision: Precision
+) -> None:
+    """FSDP2: one unit per module of the plan, the root last."""
+    shard = partial(
+        fully_shard,
+        mesh=mesh.fsdp,
+        mp_policy=_mixed_precision(precision),
+        offload_policy=_offload(mesh, config),
+    )
+    reshard = _resharding(len(plan.fsdp_units), mesh, config)
+    units = [
+        shard(model.get_submodule(name), reshard_after_forward=after)
+        for name, after in zip(plan.fsdp_units, reshard, strict=True)
+    ]
     # Backward begins with the root's weights (head and loss): freeing them first saves nothing.
-    fully_shard(model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=False)
-    for unit in _fsdp_modules(model):
-        unit.set_gradient_divide_factor(1.0)
+    root = shard(model, reshard_after_forward=False)
+    _prefetch(root, units, config.prefetch)
+    for module in (*units, root):
+        module.set_gradient_divide_factor(1.0)
         # Otherwise a factor is a premultiplied sum, which gloo does not have; at 1.0 a plain sum
         # is the same and needs no scaling kernel either.
-        unit.set_force_sum_reduction_for_comms(True)
-    return model
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def _resharding(count: int, mesh: Mesh, config: ParallelConfig) -> Sequence[bool | int]:
+    """What each unit does after its forward: keep its weights, free them, or share them in the node."""
+    policy, dp_shard = config.reshard_after_forward, mesh.fsdp.size(-1)
+    if policy == "node":
+        return [config.shards_per_node(dp_shard, mesh.ranks_per_node)] * count
+    if policy == "auto" and dp_shard > 1:
+        return [True] * (count - 1) + [False] * min(count, 1)
+    return [policy == "always"] * count
+
+
+def _prefetch(root: FSDPModule, units: list[FSDPModule], count: int) -> None:
+    """Have each unit gather the weights of the next ``count`` ones, in forward and in backward."""
+    # The root begins a forward, but not a backward: that it does once per output that has a gradient,
+    # the second time when the last units are done. FSDP2 itself gathers the last unit there.
+    for order, prefetch in (
+        ([root, *units], FSDPModule.set_modules_to_forward_prefetch),
+        (units[::-1], FSDPModule.set_modules_to_backward_prefetch),
+    ):
+        for index, module in enumerate(order):
+            if following := order[index + 1 : index + 1 + count]:
+                prefetch(module, following)
+
+
+def _offload(mesh: Mesh, config: ParallelConfig) -> OffloadPolicy:
+    if not config.offload_parameters:
+        return OffloadPolicy()
+    # Only pinned memory is copied beside the computation, and only to a GPU.
+    return CPUOffloadPolicy(pin_memory=mesh.fsdp.device_type == "cuda")
 
 
 def shard_frozen(
@@ -136,6 +196,8 @@ def materialize(
     model: nn.Module,
     device: torch.device,
     init: Callable[[str, torch.Size, torch.dtype], Tensor],
+    *,
+    offload: bool = False,
 ) -> None:
     """Give a meta model memory on ``device`` and weights that do not depend on the layout.
 
@@ -148,11 +210,15 @@ def materialize(
         device: Where the model computes.
         init: ``init(name, shape, dtype)`` returns the whole CPU tensor of a parameter or persistent
             buffer. It must be a function of its arguments alone.
+        offload: Parameters lie on the CPU, as ``parallel.offload_parameters`` wants them.
 
     Raises:
         ValueError: ``init`` returned another shape.
     """
-    model.to_empty(device=device)
+    model.to_empty(device="cpu" if offload else device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     for name, target in _named_state(model):
         _write(name, target, init(name, target.shape, target.dtype))
     reset_buffers = getattr(model, "reset_buffers", None)
@@ -195,10 +261,6 @@ def gather_full_state(model: nn.Module) -> dict[str, Tensor]:
             dtype = torch.float32 if whole.is_floating_point() else whole.dtype
             full[name] = whole.to(device="cpu", dtype=dtype, copy=True)
     return full
-
-
-def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
-    return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def _named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

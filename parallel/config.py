@@ -35,13 +35,27 @@ class ParallelConfig:
     """With ``engine: deepspeed`` 1 shards optimizer state, 2 gradients too, 3 parameters too; else 0."""
 
     offload_optimizer: bool = False
-    """Keep master weights and optimizer state in CPU memory and update there (DeepSpeed only)."""
+    """Keep master weights and optimizer state in CPU memory and update there."""
 
     offload_parameters: bool = False
-    """Keep the sharded parameters in CPU memory between their uses (DeepSpeed stage 3 only)."""
+    """Keep the sharded parameters in CPU memory between their uses: with ``engine: fsdp`` exactly if
+    ``offload_optimizer``, because its masters are its shards; with DeepSpeed at stage 3 only."""
 
-    reshard_after_forward: bool = True
-    """Free a block's gathered weights after its forward and gather them again in backward (ZeRO-3)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations of a block that backward computes again: ``selective`` keeps its input, matrix products,
+    attention and what other ranks sent, ``full`` its input only."""
+
+    compile: bool = False
+    """Compile each block of student and teacher with torch.compile at its first use."""
+
+    reshard_after_forward: Literal["auto", "always", "never", "node"] = "auto"
+    """Whether a block's gathered weights are freed after its forward and gathered again in backward
+    (FSDP only): ``auto`` frees all but the last block's, which backward needs first, and none if
+    ``dp_shard`` is 1; ``node`` keeps one copy per node, so that backward gathers within it."""
+
+    prefetch: int = 0
+    """Blocks whose weights are gathered ahead of their use in forward and in backward (FSDP only); 0 leaves
+    it to FSDP2: none in forward, one in backward."""
 
     timeout_s: float = 600.0
     """Seconds that a collective may take before the run is ended with an error."""
@@ -60,6 +74,8 @@ class ParallelConfig:
                 "shard_sae=true needs tp of at least 2: ranks that read other rows of the batch would have "
                 "to exchange all their residuals to use one dictionary together"
             )
+        if self.prefetch < 0:
+            raise ValueError(f"prefetch={self.prefetch} must be at least 0")
         if self.timeout_s <= 0:
             raise ValueError(f"timeout_s={self.timeout_s} must be above 0")
         if self.engine == "fsdp":
@@ -70,9 +86,14 @@ class ParallelConfig:
     def _check_fsdp(self) -> None:
         if self.zero_stage != 0:
             raise ValueError(f"zero_stage={self.zero_stage} must be 0 with engine=fsdp")
-        for name in ("offload_optimizer", "offload_parameters"):
-            if getattr(self, name):
-                raise ValueError(f"{name}=true needs engine=deepspeed")
+        both = ("offload_optimizer", "offload_parameters")
+        for name, other in (both, both[::-1]):
+            if getattr(self, name) and not getattr(self, other):
+                raise ValueError(
+                    f"{name}=true needs {other}=true with engine=fsdp, whose optimizer updates the shards"
+                )
+        if self.reshard_after_forward == "node" and self.tp > 1:
+            raise ValueError(f"reshard_after_forward=node needs tp=1, not {self.tp}: FSDP2 cannot do both")
 
     def _check_deepspeed(self) -> None:
         if not 1 <= self.zero_stage <= 3:
@@ -87,7 +108,30 @@ class ParallelConfig:
                 f"dp_replicate={self.dp_replicate} must be 1 with engine=deepspeed: "
                 "ZeRO shards over all ranks; engine=fsdp has hybrid sharding"
             )
+        if self.reshard_after_forward != "auto":
+            raise ValueError(
+                f"reshard_after_forward={self.reshard_after_forward} must be auto with engine=deepspeed: "
+                "its stage decides"
+            )
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile=true needs zero_stage=1 or 2: stage 3 has hooks inside each block")
+        if self.prefetch > 0:
+            raise ValueError(f"prefetch={self.prefetch} must be 0 with engine=deepspeed, which has its own")
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError(
                 f"offload_parameters=true needs zero_stage=3: stage {self.zero_stage} keeps parameters whole"
             )
+
+    def shards_per_node(self, dp_shard: int, ranks_per_node: int) -> int:
+        """Ranks of a node that share one copy of the weights; ranks are numbered node by node.
+
+        Raises:
+            ValueError: ``reshard_after_forward=node`` and the shards do not lie on several whole nodes.
+        """
+        several = 1 < ranks_per_node < dp_shard and dp_shard % ranks_per_node == 0
+        if self.reshard_after_forward == "node" and not several:
+            raise ValueError(
+                f"parallel.reshard_after_forward=node needs dp_shard={dp_shard} ranks on several whole nodes "
+                f"of {ranks_per_node} ranks: use always or never"
+            )
+        return min(ranks_per_node, dp_shard)

@@ -133,7 +133,7 @@ class FsdpEngine:
         self.optimizer.step()
         del self.optimizer.found_inf  # type: ignore[attr-defined]
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm.to(self.mesh.fsdp.device_type, non_blocking=True)  # it is on the CPU with offloading
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`Engine.state_dict`."""

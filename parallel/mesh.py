@@ -37,6 +37,9 @@ class Mesh:
     tp: DeviceMesh | None
     """1-D mesh of the tensor-parallel group; None when it is one rank."""
 
+    ranks_per_node: int
+    """Ranks of this machine, whose numbers follow each other."""
+
 
 def build_mesh(config: ParallelConfig, world: World) -> Mesh:
     """Lay the ranks out on the axes; a collective over all ranks.
@@ -70,6 +73,7 @@ def build_mesh(config: ParallelConfig, world: World) -> Mesh:
         fsdp=dims.get_mesh(["dp_replicate", "fsdp"] if config.dp_replicate > 1 else "fsdp"),
         dp_group=batch.get_group() if batch else None,
         tp=tp,
+        ranks_per_node=world.local_size,
     )
     return mesh
 

@@ -36,6 +36,9 @@ class World:
     timeout_s: float = 600.0
     """Seconds after which a collective of any of the run's groups fails."""
 
+    local_size: int = 1
+    """Number of processes on this machine."""
+
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes logs."""
@@ -70,7 +73,14 @@ def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Wor
             world_size=size,
             timeout=timedelta(seconds=timeout_s),
         )
-    return World(rank=rank, size=size, local_rank=local_rank, device=chosen, timeout_s=timeout_s)
+    return World(
+        rank=rank,
+        size=size,
+        local_rank=local_rank,
+        device=chosen,
+        timeout_s=timeout_s,
+        local_size=_environment_int("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else size,
+    )
 
 
 def use_deterministic_algorithms() -> None:

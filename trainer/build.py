@@ -15,7 +15,8 @@ from data.label_cache import LabelCache
 from data.loader import TokenLoader
 from data.manifest import Manifest
 from data.source import open_source
-from parallel.apply import apply_parallel, materialize, tensor_group
+from parallel.apply import apply_parallel, change_forward, materialize, tensor_group
+from parallel.compile import compile_units
 from parallel.engine import Engine, FsdpEngine
 from parallel.mesh import Mesh, build_mesh, replica_mesh
 from parallel.world import World
@@ -136,6 +137,8 @@ def _build_objective(
     extractor = TargetExtractor.load(
         config.concepts, world.device, tensor_group(mesh), shard_sae=config.parallel.shard_sae
     )
+    if config.parallel.compile:
+        compile_units(extractor.teacher, extractor.teacher.plan)
     if config.parallel.shard_teacher:
         shard_teacher(extractor.teacher, replica_mesh(mesh, world), backward=True)
     sizes = extractor.teacher.config
@@ -166,6 +169,8 @@ def _build_sae(
     assert config.sae is not None
     teacher = load_teacher(config.sae.teacher, config.sae.layer, key="sae.layer")
     teacher.to(world.device, torch.float32)
+    if config.parallel.compile:
+        compile_units(teacher, teacher.plan)
     if config.parallel.shard_teacher:
         shard_teacher(teacher, replica_mesh(mesh, world), backward=False)
     check_vocabulary(teacher, manifest.tokenizer.vocab_size, config.data.seq_len, config.sae.teacher)
@@ -182,6 +187,7 @@ def _build_engine(config: RunConfig, mesh: Mesh, model: nn.Module, device: torch
     assert isinstance(model, GPT2 | SaeLearner)
     init = _initial_values(config, model)
     if config.parallel.engine == "deepspeed":
+        change_forward(model, model.plan, config.parallel)
         return ZeroEngine(
             model,
             partial(build_optimizer, config=config.optim),
@@ -193,7 +199,7 @@ def _build_engine(config: RunConfig, mesh: Mesh, model: nn.Module, device: torch
             device=device,
         )
     apply_parallel(model, model.plan, mesh, config.parallel, config.train.precision)
-    materialize(model, device, init)
+    materialize(model, device, init, offload=config.parallel.offload_parameters)
     return FsdpEngine(model, build_optimizer(model, config.optim), mesh, config.optim.clip_norm)
 
 

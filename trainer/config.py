@@ -338,6 +338,14 @@ class RunConfig:
             )
         if self.objective.name == "sae" and self.tasks.names:
             raise ValueError("tasks.names must be empty with objective.name=sae: it trains no language model")
+        if self.objective.name == "sae":
+            for key, neutral in (("recompute", "none"), ("reshard_after_forward", "auto"), ("prefetch", 0)):
+                value = getattr(self.parallel, key)
+                if value != neutral:
+                    raise ValueError(
+                        f"parallel.{key}={value} must be {neutral} with objective.name=sae: "
+                        "an autoencoder has no blocks"
+                    )
         if self.model is not None and self.data.seq_len > self.model.n_positions:
             raise ValueError(
                 f"data.seq_len={self.data.seq_len} must be at most model.n_positions={self.model.n_positions}"

@@ -16,6 +16,7 @@ from data.loader import validation_batches
 from data.source import open_tokenizer
 from data.tokenizer import Tokenizer
 from parallel.collectives import Agreement, max_over_ranks, sum_over_ranks
+from parallel.compile import uncompiled
 from trainer.analysis.sampling import Sampling, continue_tokens
 from trainer.analysis.task_report import store_tasks
 from trainer.analysis.training_tasks import evaluate_in_training
@@ -253,7 +254,9 @@ class Loop:
         assert config.model is not None
         tokenizer = open_tokenizer(config.data)
         prompts = config.log.sample_prompts
-        with self.log.paused(), self.heartbeat.phase("samples"):
+        # A context that grows by one token has a new shape each time: nothing to compile for.
+        eagerly = uncompiled(config.parallel.compile)
+        with self.log.paused(), self.heartbeat.phase("samples"), eagerly:
             continued = continue_tokens(
                 parts.engine.model,
                 [_prompt_ids(tokenizer, prompt) for prompt in prompts],
@@ -267,7 +270,9 @@ class Loop:
 
     def run_tasks(self) -> None:
         """Evaluate the configured tasks and store the results."""
-        with self.log.paused(), self.heartbeat.phase("tasks"):
+        # So has every batch of requests.
+        eagerly = uncompiled(self.config.parallel.compile)
+        with self.log.paused(), self.heartbeat.phase("tasks"), eagerly:
             results = evaluate_in_training(self.config, self.parts)
             if results is not None and self.parts.world.is_main:
                 store_tasks(Path(self.config.run.dir), self.progress.step, results)

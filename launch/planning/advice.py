@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from launch.planning.forecast import Plan, make_plan
 from launch.planning.layout import Cluster
+from parallel.config import ParallelConfig
 from trainer.config import ConceptsConfig, RunConfig
 
 
@@ -51,6 +53,24 @@ def largest_microbatch(plan: Plan) -> int | None:
     return best
 
 
+def _parallel_switches(parallel: ParallelConfig) -> Iterator[dict[str, Any]]:
+    """Changes of the ``parallel:`` section that keep the layout."""
+    more = {"none": ("selective", "full"), "selective": ("full",), "full": ()}
+    yield from ({"recompute": how} for how in more[parallel.recompute])
+    if parallel.reshard_after_forward != "always":
+        yield {"reshard_after_forward": "always"}
+    if parallel.reshard_after_forward == "never" and parallel.tp == 1:
+        yield {"reshard_after_forward": "node"}
+    if parallel.prefetch > 1:
+        yield {"prefetch": 0}
+    if not parallel.offload_parameters:
+        yield {"offload_parameters": True, "offload_optimizer": True}
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower()
+
+
 def _candidates(plan: Plan) -> Iterator[tuple[str, RunConfig, Cluster]]:
     config, cluster, layout = plan.config, plan.layout.cluster, plan.layout
     train, parallel = config.train, config.parallel
@@ -66,9 +86,9 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, RunConfig, Cluster]]:
     if plan.teacher is not None and config.concepts is not None and config.concepts.ahead:
         together, in_order = " --concepts.ahead=false", _in_order(config, config.concepts)
         yield together.strip(), in_order, cluster
-    if not parallel.reshard_after_forward:
-        sharded = replace(parallel, reshard_after_forward=True)
-        yield "--parallel.reshard_after_forward=true", replace(config, parallel=sharded), cluster
+    for switches in _parallel_switches(parallel):
+        text = " ".join(f"--parallel.{key}={_yaml(value)}" for key, value in switches.items())
+        yield text, replace(config, parallel=replace(parallel, **switches)), cluster
     if parallel.dp_replicate > 1:
         whole = replace(parallel, dp_replicate=1, dp_shard=-1)
         yield f"--parallel.dp_replicate=1{rest}", replace(config, parallel=whole), cluster

@@ -8,11 +8,20 @@ from dataclasses import dataclass
 from launch.planning.layout import Cluster, Layout, concepts_of, lay_out
 from launch.planning.memory import FP32, Moment, plan_memory
 from launch.planning.teacher import Teacher, teacher_of
-from launch.planning.traffic import Transfer, plan_traffic, sent
+from launch.planning.traffic import Transfer, gathered_again, plan_traffic, sent
 from trainer.config import ConceptsConfig, RunConfig
-from trainer.flops import FlopsPerToken, SaeShape, flops_per_token, parameter_count, peak_flops
+from trainer.flops import (
+    MLP_EXPANSION,
+    FlopsPerToken,
+    SaeShape,
+    flops_per_token,
+    parameter_count,
+    peak_flops,
+)
 
 GIB = 2**30
+BYTES_OF_ADAM = 28
+"""Of one weight's update: weight, gradient and two moments are read, all but the gradient written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +36,8 @@ class Assumptions:
     """Bandwidth of a GPU to others in its node, one direction, 1e9 bytes per second."""
     inter_gbps: float = 50.0
     """Bandwidth of a GPU to other nodes, one direction."""
+    host_gbps: float = 25.0
+    """Bandwidth between a GPU and its share of the host's memory, one direction; for what is offloaded."""
     mfu: float = 0.45
     """Share of the peak that the computation alone reaches."""
     context_gib: float = 2.0
@@ -37,7 +48,7 @@ class Assumptions:
     """Price of one GPU for an hour, any currency."""
 
     def __post_init__(self) -> None:
-        for key in ("gpu_memory_gb", "intra_gbps", "inter_gbps", "mfu"):
+        for key in ("gpu_memory_gb", "intra_gbps", "inter_gbps", "host_gbps", "mfu"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"--{key}={getattr(self, key)} must be above 0")
         if self.mfu > 1:
@@ -181,8 +192,33 @@ def _timing(
     seconds = {True: 0.0, False: 0.0}
     for transfer in traffic:
         seconds[transfer.exposed] += transfer_seconds(transfer, layout, assumptions)
-    compute = flops.total * config.tokens_per_step / cluster_flops
+    # Not in the MFU's numerator, but it takes its time.
+    work = flops.total + recomputed_flops(config, flops)
+    compute = work * config.tokens_per_step / cluster_flops
+    if config.parallel.offload_parameters:
+        seconds[True] += BYTES_OF_ADAM * layout.shard_elements / (assumptions.host_gbps * 1e9)
+        seconds[False] += copied_bytes(config, layout) / (assumptions.host_gbps * 1e9)
     return Timing(compute, seconds[True], seconds[False])
+
+
+def recomputed_flops(config: RunConfig, flops: FlopsPerToken) -> int:
+    """FLOPs per token of matrix products that backward runs again: blocks but for their last product."""
+    if config.parallel.recompute != "full":
+        return 0
+    assert config.model is not None
+    concepts = concepts_of(config)
+    positions = config.model.n_layer
+    if concepts is not None:
+        positions += positions - 1 - concepts.insert_layer
+    forward = sum(part.forward for name, part in flops.parts.items() if name.startswith("blocks"))
+    return forward - positions * 2 * MLP_EXPANSION * config.model.d_model**2
+
+
+def copied_bytes(config: RunConfig, layout: Layout) -> int:
+    """Bytes of offloaded shards that go to the GPU before each all-gather, and of gradients that return."""
+    block, root = (unit.shard_elements(layout.tp, layout.dp_shard) for unit in (layout.block, layout.root))
+    gathers = layout.num_blocks + gathered_again(config, layout)
+    return FP32 * (len(layout.microbatches) * (gathers * block + root) + layout.shard_elements)
 
 
 def transfer_seconds(transfer: Transfer, layout: Layout, assumptions: Assumptions) -> float:

@@ -69,6 +69,8 @@ class Layout:
     dp_replicate: int
     dp_shard: int
     tp: int
+    shards_per_node: int
+    """Ranks of a node among those that share one copy of the weights."""
     rows_per_rank: int
     """Sequences of one optimizer step that one rank (or tensor-parallel group) computes."""
     microbatch_size: int
@@ -182,6 +184,7 @@ def lay_out(config: RunConfig, cluster: Cluster) -> Layout:
         dp_replicate=config.parallel.dp_replicate,
         dp_shard=dp_shard,
         tp=config.parallel.tp,
+        shards_per_node=config.parallel.shards_per_node(dp_shard, cluster.gpus_per_node),
         rows_per_rank=rows,
         microbatch_size=min(config.train.microbatch_size, rows),
         block=Unit(block_parameters(config.model.d_model)),

@@ -14,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.optim import AdamW
@@ -34,6 +35,7 @@ import trainer.kernels.chunks
 import trainer.kernels.topk
 from data.batch import Batch
 from launch.planning.forecast import Plan
+from launch.planning.layout import Cluster
 from launch.planning.traffic import Kind
 from parallel.apply import apply_parallel, tensor_group
 from parallel.collectives import max_over_ranks, sum_over_ranks
@@ -183,12 +185,13 @@ def _local_bytes(tensor: Tensor | None) -> int:
 def measure(plan: Plan) -> Measured:
     """Build the planned run on fake tensors and train one step that writes metrics."""
     config, meter = plan.config, Meter()
+    parallel = replace(config.parallel, compile=False)
     with ExitStack() as stack:
-        world = stack.enter_context(_fake_world(plan.layout.cluster.world_size))
+        world = stack.enter_context(_fake_world(plan.layout.cluster))
         stack.enter_context(_as_on_a_gpu(meter))
-        mesh = build_mesh(config.parallel, world)
+        mesh = build_mesh(parallel, world)
         model = _student(plan)
-        apply_parallel(model, model.plan, mesh, config.parallel, config.train.precision)
+        apply_parallel(model, model.plan, mesh, parallel, config.train.precision)
         replica = replica_mesh(mesh, world)
         frozen = _frozen(plan, replica, tensor_group(mesh))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -203,7 +206,7 @@ def measure(plan: Plan) -> Measured:
             optimizer=sum(_local_bytes(state) for state in states),
             gradients=engine.gradients,
             peaks=dict(meter.peaks),
-            traffic=_by_axis(meter, mesh, replica),
+            traffic=_by_axis(meter, mesh, replica, model),
         )
 
 
@@ -285,13 +288,15 @@ def _train_one_step(plan: Plan, mesh: Mesh, engine: _Phases, frozen: tuple[GPT2,
         usage.reduce(partial(max_over_ranks, mesh=mesh))
 
 
-def _by_axis(meter: Meter, mesh: Mesh, replica: DeviceMesh) -> dict[tuple[str, Kind], int]:
+def _by_axis(meter: Meter, mesh: Mesh, replica: DeviceMesh, model: nn.Module) -> dict[tuple[str, Kind], int]:
     axes: dict[str, str] = {replica.get_group().group_name: "replica"}
     if mesh.dp_group is not None:
         axes[mesh.dp_group.group_name] = "dp"
     names = ("dp_replicate", "dp_shard") if mesh.fsdp.ndim == 2 else ("dp_shard",)
     for dim, name in enumerate(names):
         axes[mesh.fsdp.get_group(dim).group_name] = name
+    for name in _node_groups(model):
+        axes[name] = "node"
     if mesh.tp is not None:
         axes[mesh.tp.get_group().group_name] = "tp"
     traffic: Counter[tuple[str, Kind]] = Counter()
@@ -300,17 +305,26 @@ def _by_axis(meter: Meter, mesh: Mesh, replica: DeviceMesh) -> dict[tuple[str, K
     return dict(traffic)
 
 
+def _node_groups(model: nn.Module) -> Iterator[str]:
+    """Groups that share a copy of their weights within a node between forward and backward."""
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        if group is not None and group._use_post_forward_mesh and group.post_forward_mesh_info is not None:
+            yield group.post_forward_mesh_info.shard_process_group.group_name
+
+
 @contextmanager
-def _fake_world(size: int) -> Iterator[World]:
+def _fake_world(cluster: Cluster) -> Iterator[World]:
     """Rank 0 of a process group that exists in this process alone."""
     disabled = logging.root.manager.disable
     with warnings.catch_warnings():
         # The fake backend has no time limits, and DTensor wonders about its answers.
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
+        size, on_node = cluster.world_size, cluster.gpus_per_node
         dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
         try:
-            yield World(rank=0, size=size, local_rank=0, device=torch.device("cpu"))
+            yield World(rank=0, size=size, local_rank=0, device=torch.device("cpu"), local_size=on_node)
         finally:
             dist.destroy_process_group()
             logging.disable(disabled)

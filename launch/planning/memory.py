@@ -11,16 +11,30 @@ K kept concepts, t tensor-parallel ranks, e bytes of an activation.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
+from launch.planning.blocks import (
+    FP32,
+    Sizes,
+    attention_kept,
+    copied_shard,
+    gather_buffer,
+    gathered_ahead,
+    kept_by_forward,
+    kept_in_backward,
+    last_attention_kept,
+    mlp_at_work,
+    mlp_kept,
+    mlp_recomputed,
+    whole_weights,
+)
 from launch.planning.layout import Layout, concepts_of
 from launch.planning.teacher import Teacher
 from parallel.config import ParallelConfig
-from trainer.config import ConceptsConfig, ModelConfig, RunConfig
+from trainer.config import ConceptsConfig, RunConfig
 from trainer.model.padding import padded
 
-FP32 = 4
 INT64 = 8
 CHUNK_ELEMENTS = 2**28
 """Elements of one chunk of logits on a GPU, as ``trainer.kernels.chunks`` cuts them."""
@@ -41,10 +55,12 @@ class Moment:
     workspace: int = 0
     """Bytes that a GPU's kernels allocate inside one operation, and of work on another stream; no tensor
     of this moment shows them."""
+    offloaded: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of tensors in the host's memory, one rank's."""
 
     @property
     def tensors(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors of the GPU."""
         return sum(self.parts.values())
 
     @property
@@ -54,10 +70,15 @@ class Moment:
 
 
 class Book:
-    """Bytes alive by part, and the moments noted so far."""
+    """Bytes alive by part, and the moments noted so far.
 
-    def __init__(self) -> None:
+    Args:
+        offloaded: parts that lie in the host's memory.
+    """
+
+    def __init__(self, offloaded: Iterable[str] = ()) -> None:
         self.moments: list[Moment] = []
+        self._offloaded = frozenset(offloaded)
         self._held: Counter[str] = Counter()
         self._beside = 0
 
@@ -77,49 +98,8 @@ class Book:
     def note(self, moment: str, workspace: int = 0, **temporaries: int) -> None:
         """A moment at which ``temporaries`` are alive too."""
         parts = self._held + Counter({name.replace("_", " "): size for name, size in temporaries.items()})
-        self.moments.append(Moment(moment, dict(parts), workspace + self._beside))
-
-
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    """The numbers that the formulas below are written in; bytes where nothing else is said."""
-
-    model: ModelConfig
-    layout: Layout
-    concepts: ConceptsConfig | None
-    tokens: int
-    """B*T of the microbatch."""
-    seq_len: int
-    element: int
-
-    @property
-    def tp(self) -> int:
-        return self.layout.tp
-
-    @property
-    def cast(self) -> int:
-        """Bytes per element of a copy in the compute precision, which fp32 does not need."""
-        return self.element if self.element < FP32 else 0
-
-    @property
-    def vocabulary(self) -> int:
-        """Columns of next-token logits on this rank."""
-        return padded(self.model.vocab_size) // self.tp
-
-    @property
-    def dictionary(self) -> int:
-        """Columns of concept logits on this rank."""
-        return 0 if self.concepts is None else padded(self.concepts.num_concepts) // self.tp
-
-    @property
-    def num_widest(self) -> int:
-        """Blocks that update all positions of the longest stream."""
-        lower = 0 if self.concepts is None else self.concepts.insert_layer + 1
-        return self.model.n_layer - lower
-
-    def stream(self, positions: int) -> int:
-        """(positions, D) activations."""
-        return positions * self.model.d_model * self.element
+        host = {name: parts.pop(name) for name in self._offloaded & parts.keys()}
+        self.moments.append(Moment(moment, dict(parts), workspace + self._beside, host))
 
 
 def chunk_rows(tokens: int, columns: int) -> int:
@@ -144,40 +124,7 @@ def fp32_copies(element: int) -> int:
     return FP32 if element == FP32 else 2 * FP32
 
 
-def attention_kept(s: _Sizes, positions: int) -> int:
-    """Bytes that autograd keeps of LayerNorm and attention over ``positions``.
-
-    Input of the norm, its output (with tensor parallelism the gathered one), queries, keys and values,
-    their mixture, log-sum-exps and the norm's two statistics.
-    """
-    x = s.stream(positions)
-    split = x // s.tp
-    statistics = 2 * positions // s.tp * s.element
-    return split + x + 3 * split + split + FP32 * positions * s.model.n_head // s.tp + statistics
-
-
-def mlp_kept(s: _Sizes, positions: int) -> int:
-    """Bytes that autograd keeps of LayerNorm and MLP: two inputs of D, two inner ones of 4 D."""
-    x = s.stream(positions)
-    statistics = 2 * positions // s.tp * s.element
-    return x // s.tp + x + 2 * 4 * x // s.tp + statistics
-
-
-def last_attention_kept(s: _Sizes) -> int:
-    """As :func:`attention_kept`, where keys and values have 2T positions and queries T.
-
-    The parts of the fused weight for queries and for keys and values are copies.
-    """
-    read, positions = s.tokens, 2 * s.tokens
-    x, width = s.stream(positions), s.model.d_model
-    split = x // s.tp
-    kept = split + x + 2 * split + 2 * s.stream(read) // s.tp
-    weights = 3 * width**2 // s.tp * s.element
-    mask = 2 * s.seq_len**2 * (1 + s.element)
-    return kept + weights + mask + FP32 * read * s.model.n_head // s.tp + 2 * positions // s.tp * s.element
-
-
-def mixer_kept(s: _Sizes) -> int:
+def mixer_kept(s: Sizes) -> int:
     """Bytes that autograd keeps of the concept mixer beside the head's gradients.
 
     fp32: the stream, it less its mean, the mixed concept; compute precision: the head's input; K values
@@ -201,7 +148,7 @@ def plan_memory(config: RunConfig, layout: Layout, teacher: Teacher | None) -> t
     sizes = layout.microbatches
     for index in range(min(2, len(sizes))):
         moments += _microbatch(config, layout, teacher, sizes[index], accumulated=index > 0)
-    book = Book()
+    book = _book(config)
     _hold_state(book, config, layout, teacher)
     book.note("optimizer step", gradients=FP32 * layout.shard_elements)
     return (*moments, *book.moments)
@@ -211,15 +158,16 @@ def _microbatch(
     config: RunConfig, layout: Layout, teacher: Teacher | None, rows: int, *, accumulated: bool
 ) -> list[Moment]:
     assert config.model is not None
-    s = _Sizes(
+    s = Sizes(
         model=config.model,
         layout=layout,
+        parallel=config.parallel,
         concepts=concepts_of(config),
         tokens=rows * config.data.seq_len,
         seq_len=config.data.seq_len,
         element=2 if config.train.precision == "bf16" else FP32,
     )
-    book = Book()
+    book = _book(config)
     _hold_state(book, config, layout, teacher)
     if accumulated:
         book.hold(accumulated_gradients=FP32 * layout.gathered_elements)
@@ -228,10 +176,13 @@ def _microbatch(
         _extraction(book, config, layout, teacher, rows)
         if config.concepts.ahead:
             book.run_beside()
-    reshard = config.parallel.reshard_after_forward
-    _forward(book, s, reshard=reshard)
-    _backward(book, s, reshard=reshard, accumulated=accumulated)
+    _forward(book, s)
+    _backward(book, s, accumulated=accumulated)
     return book.moments
+
+
+def _book(config: RunConfig) -> Book:
+    return Book(("parameters", "optimizer", "gradients") if config.parallel.offload_parameters else ())
 
 
 def optimizer_bytes(layout: Layout) -> int:
@@ -297,46 +248,37 @@ def _teacher_gathered(teacher: Teacher, layout: Layout) -> int:
     return 0 if ranks == 1 else teacher.root.elements(1) + ranks * teacher.block.shard_elements(1, ranks)
 
 
-def _gathered_weights(s: _Sizes, blocks: int) -> int:
-    """The root's weights and those of ``blocks`` blocks, whole or cast, beside the fp32 shards."""
-    if s.layout.dp_shard == 1 and not s.cast:
-        return 0
-    return s.element * (s.layout.root.elements(s.tp) + blocks * s.layout.block.elements(s.tp))
-
-
-def _gather_buffer(s: _Sizes) -> int:
-    """The flat output of a block's all-gather; FSDP2 frees it when it waits for the next one."""
-    dp_shard = s.layout.dp_shard
-    return 0 if dp_shard == 1 else s.element * dp_shard * s.layout.block.shard_elements(s.tp, dp_shard)
-
-
-def _forward(book: Book, s: _Sizes, *, reshard: bool) -> None:
+def _forward(book: Book, s: Sizes) -> None:
     """Book what the student's forward keeps, and note its two heads."""
     num_blocks = s.model.n_layer
     book.hold(tokens=s.tokens * 3 * INT64)
     if s.concepts is None:
         _hold_blocks(book, s, "blocks", num_blocks, s.tokens)
+        _top_block(book, s)
     else:
         lower = s.concepts.insert_layer
         _hold_blocks(book, s, "blocks_below", lower, s.tokens)
-        _concept_head(book, s, 0 if reshard else lower)
+        _concept_head(book, s)
         # The two streams that were interleaved stay until the model's forward returns.
         book.hold(concept_mixer=mixer_kept(s), streams_before_interleaving=2 * s.stream(s.tokens) // s.tp)
         _hold_blocks(book, s, "interleaved_blocks", num_blocks - 1 - lower, 2 * s.tokens)
-        book.hold(last_block_attention=last_attention_kept(s), last_block_MLP=mlp_kept(s, s.tokens))
+        _top_block(book, s)
+        how = s.parallel.recompute
+        book.hold(last_block_attention=last_attention_kept(s, how), last_block_MLP=mlp_kept(s, s.tokens, how))
     book.hold(final_norm=s.stream(s.tokens) // s.tp)
-    _lm_head(book, s, 0 if reshard else num_blocks)
+    _lm_head(book, s)
     if s.concepts is not None:
         book.drop("streams_before_interleaving")
 
 
-def _hold_blocks(book: Book, s: _Sizes, name: str, count: int, positions: int) -> None:
+def _hold_blocks(book: Book, s: Sizes, name: str, count: int, positions: int) -> None:
     if count:
-        book.hold(**{f"{name}_attention": count * attention_kept(s, positions)})
-        book.hold(**{f"{name}_MLP": count * mlp_kept(s, positions)})
+        how = s.parallel.recompute
+        book.hold(**{f"{name}_attention": count * attention_kept(s, positions, how)})
+        book.hold(**{f"{name}_MLP": count * mlp_kept(s, positions, how)})
 
 
-def _logits(s: _Sizes, columns: int) -> int:
+def _logits(s: Sizes, columns: int) -> int:
     """Largest temporaries of a head beside its gradients, of which the weight's are made by the first chunk.
 
     A chunk of logits is reduced and replaced by its gradient, then multiplied; one chunk is alive at a time.
@@ -357,20 +299,35 @@ def _logits(s: _Sizes, columns: int) -> int:
     return found
 
 
-def _concept_head(book: Book, s: _Sizes, gathered_blocks: int) -> None:
+def _top_block(book: Book, s: Sizes) -> None:
+    """The MLP of the widest block, where less is kept than is at work."""
+    if not s.num_widest or s.parallel.recompute == "none":
+        return
+    positions = s.tokens if s.concepts is None else 2 * s.tokens
+    done = s.model.n_layer - (1 if s.concepts is None else 2)
+    book.note(
+        "forward: top block",
+        activations_at_work=mlp_at_work(s, positions, s.parallel.recompute),
+        gathered_weights=whole_weights(s, 1) + kept_by_forward(s, done),
+        gather_buffer=gather_buffer(s) + gathered_ahead(s, done + 1),
+    )
+
+
+def _concept_head(book: Book, s: Sizes) -> None:
     """Loss, top-K and their gradients in one pass; gradients stay until backward."""
+    assert s.concepts is not None
     weight = s.dictionary * s.model.d_model
     book.hold(concept_head_gradients=FP32 * (weight + s.dictionary) + s.stream(s.tokens))
     book.note(
         "forward: concept head",
         concept_mixer=mixer_kept(s) + 2 * FP32 * s.tokens * s.model.d_model // s.tp,
         logits=_logits(s, s.dictionary),
-        gathered_weights=_gathered_weights(s, gathered_blocks),
-        gather_buffer=_gather_buffer(s),
+        gathered_weights=whole_weights(s, 0) + kept_by_forward(s, s.concepts.insert_layer),
+        gather_buffer=gather_buffer(s) + gathered_ahead(s, s.concepts.insert_layer),
     )
 
 
-def _lm_head(book: Book, s: _Sizes, gathered_blocks: int) -> None:
+def _lm_head(book: Book, s: Sizes) -> None:
     """The widest moment of most runs: all activations, and a chunk of logits."""
     weight = s.vocabulary * s.model.d_model
     norm = s.stream(s.tokens) if s.tp == 1 else s.stream(s.tokens) + s.stream(s.tokens) // s.tp
@@ -379,76 +336,85 @@ def _lm_head(book: Book, s: _Sizes, gathered_blocks: int) -> None:
         "forward: LM head",
         final_norm_output=norm,
         logits=_logits(s, s.vocabulary),
-        gathered_weights=_gathered_weights(s, gathered_blocks),
-        gather_buffer=_gather_buffer(s),
+        gathered_weights=whole_weights(s, 0) + kept_by_forward(s, s.model.n_layer),
+        gather_buffer=gather_buffer(s),
     )
 
 
-def _backward(book: Book, s: _Sizes, *, reshard: bool, accumulated: bool) -> None:
+def _backward(book: Book, s: Sizes, *, accumulated: bool) -> None:
     """The heads' gradients are scaled and cast; then the last block, the mixer, and the root's reduction."""
     weight = s.vocabulary * s.model.d_model
     book.note(
         "backward: LM head",
         cast_gradients=s.cast * weight,
-        gathered_weights=_gathered_weights(s, 1 if reshard else s.model.n_layer),
+        gathered_weights=kept_in_backward(s, 0, s.model.n_layer),
     )
     book.drop("LM_head_gradients")
     # The tied embedding's gradient stays until the root, the last unit, is reduced.
     book.hold(root_gradients=s.element * weight)
-    book.drop("final_norm", "last_block_attention", "last_block_MLP")
+    book.drop("final_norm")
+    if s.concepts is not None:
+        _backward_block(book, s, "backward: last block", s.tokens, done=0, accumulated=accumulated)
+    book.drop("last_block_attention", "last_block_MLP")
     if s.num_widest:
-        _backward_block(book, s, reshard=reshard, accumulated=accumulated)
+        positions, done = (s.tokens, 0) if s.concepts is None else (2 * s.tokens, 1)
+        _backward_block(book, s, "backward: top block", positions, done=done, accumulated=accumulated)
     book.drop("blocks_attention", "blocks_MLP", "interleaved_blocks_attention", "interleaved_blocks_MLP")
     if s.concepts is not None:
-        _backward_mixer(book, s, reshard=reshard, accumulated=accumulated)
+        _backward_mixer(book, s, accumulated=accumulated)
         book.drop("concept_mixer", "concept_head_gradients", "blocks_below_attention", "blocks_below_MLP")
     book.drop("root_gradients")
     _reduce_root(book, s, accumulated=accumulated)
 
 
-def _backward_block(book: Book, s: _Sizes, *, reshard: bool, accumulated: bool) -> None:
-    """The MLP of the widest block: gradients of its inner width before and after gelu."""
-    positions = s.tokens if s.concepts is None else 2 * s.tokens
-    block = s.layout.block.elements(s.tp)
-    reduced = _reduction_buffer(s, accumulated)
+def _backward_block(
+    book: Book, s: Sizes, moment: str, positions: int, *, done: int, accumulated: bool
+) -> None:
+    """The MLP of a block behind ``done`` others: gradients of its result, projection and inner width."""
+    how = s.parallel.recompute
+    last = s.concepts is not None and done == 0
+    reduced = _reduction_buffer(s, accumulated) if done or s.concepts is None else 0
     if s.concepts is None:
         # Nothing is reduced before the top block; the one below it has one block's activations less.
-        reduced = max(0, reduced - attention_kept(s, positions) - mlp_kept(s, positions))
-    inner = 4 * s.stream(positions) // s.tp
+        reduced = max(0, reduced - attention_kept(s, positions, how) - mlp_kept(s, positions, how))
+    split = s.stream(positions) // s.tp
+    projection = 4 * s.model.d_model**2 // s.tp * s.element
     book.note(
-        "backward: top block",
-        workspace=FP32 * positions * s.model.d_model // s.tp,
-        block_gradients=inner + 2 * s.stream(positions) + s.element * block,
+        moment,
+        workspace=FP32 * positions * s.model.d_model // s.tp + copied_shard(s),
+        recomputed_activations=mlp_recomputed(s, positions, how, last=last),
+        block_gradients=split + s.received(positions) + projection + 4 * split,
         reduction_buffer=reduced,
-        gathered_weights=_gathered_weights(s, 2 if reshard else s.model.n_layer),
+        gathered_weights=kept_in_backward(s, 1, s.model.n_layer - 1 - done),
     )
 
 
-def _backward_mixer(book: Book, s: _Sizes, *, reshard: bool, accumulated: bool) -> None:
+def _backward_mixer(book: Book, s: Sizes, *, accumulated: bool) -> None:
     """The K kept values add their gradients to the concept head's; the compress weight has its own."""
     assert s.concepts is not None
     weight, kept = s.dictionary * s.model.d_model, s.tokens * s.concepts.top_k
     book.note(
         "backward: concept head",
+        workspace=copied_shard(s),
         sparse_gradients=s.element * weight + FP32 * weight + kept * (FP32 + s.element + 3 * INT64),
         streams=2 * s.stream(s.tokens) // s.tp,
         reduction_buffer=_reduction_buffer(s, accumulated),
-        gathered_weights=_gathered_weights(s, 1 if reshard else s.concepts.insert_layer),
+        gathered_weights=kept_in_backward(s, 0, s.concepts.insert_layer),
     )
 
 
-def _reduction_buffer(s: _Sizes, accumulated: bool) -> int:
+def _reduction_buffer(s: Sizes, accumulated: bool) -> int:
     """The fp32 copy of a block's gradients that a reduce-scatter reads; it replaces accumulated ones."""
     return 0 if accumulated or s.layout.dp_shard == 1 else FP32 * s.layout.block.elements(s.tp)
 
 
-def _reduce_root(book: Book, s: _Sizes, *, accumulated: bool) -> None:
+def _reduce_root(book: Book, s: Sizes, *, accumulated: bool) -> None:
     """The root's gradients, the largest unit, are copied into one fp32 buffer and reduced."""
     root = s.layout.root.elements(s.tp)
     shard = s.layout.shard_elements if s.layout.dp_shard > 1 else s.layout.gathered_elements
     book.note(
         "gradient reduction of the root",
-        gathered_weights=_gathered_weights(s, 0),
+        gathered_weights=whole_weights(s, 0),
         root_gradients=0 if accumulated else s.element * root,
         reduction_buffer=FP32 * root,
         gradients=0 if accumulated else FP32 * shard,

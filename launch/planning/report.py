@@ -42,7 +42,8 @@ def _headline(plan: Plan) -> Iterator[str]:
     yield (
         f"dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard} x tp {layout.tp}; "
         f"{train.batch_size} sequences a step, {layout.rows_per_rank} per data-parallel rank in "
-        f"{len(layout.microbatches)} microbatches of {layout.microbatch_size}"
+        f"{len(layout.microbatches)} microbatches of {layout.microbatch_size}; "
+        f"recompute {plan.config.parallel.recompute}"
     )
 
 
@@ -54,6 +55,9 @@ def _memory(plan: Plan) -> Iterator[str]:
     rows += [("other tensors", gib(peak.tensors - sum(shown.values())))]
     rows += [("kernels' workspace", gib(peak.workspace)), ("reserve", gib(plan.reserve))]
     yield from aligned([*rows, ("total", gib(plan.needed))])
+    if peak.offloaded:
+        host = max(sum(moment.offloaded.values()) for moment in plan.moments)
+        yield f"Memory of the host for each GPU: {gib(host)} GiB"
     yield "Other moments, GiB without the reserve"
     yield from aligned((moment.name, gib(moment.total)) for moment in _highest(plan.moments))
 
@@ -131,8 +135,13 @@ def _assumed(plan: Plan) -> Iterator[str]:
     )
     yield (
         f"  reserve: {assumed.context_gib:g} GiB for CUDA, NCCL and cuBLAS, {assumed.fragmentation:.0%} of "
-        "the tensors for fragmentation; flash attention; nothing is recomputed or compiled"
+        "the tensors for fragmentation; flash attention; eager execution, also where blocks are compiled"
     )
+    if plan.config.parallel.offload_parameters:
+        yield (
+            f"  offloaded shards and gradients travel at {assumed.host_gbps:g} GB/s, and the optimizer reads "
+            "and writes the host's memory at as much"
+        )
     yield "  validation, text samples, saving and restarts cost no time; a step that writes metrics is shown"
 
 
@@ -187,8 +196,8 @@ def markdown_row(name: str, plan: Plan) -> str:
     """One plan as a row; GiB of one GPU at its peak, GB per GPU and step."""
     parts = dict(plan.peak.parts)
     known = {
-        "parameters": parts.pop("parameters"),
-        "optimizer": parts.pop("optimizer"),
+        "parameters": parts.pop("parameters", 0),
+        "optimizer": parts.pop("optimizer", 0),
         "accumulated gradients": parts.pop("accumulated gradients", 0),
         "gathered weights": parts.pop("gathered weights", 0) + parts.pop("gather buffer", 0),
         "teacher": parts.pop("teacher", 0) + parts.pop("SAE", 0),

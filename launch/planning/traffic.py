@@ -16,7 +16,7 @@ from launch.planning.memory import FP32, INT64
 from launch.planning.teacher import Teacher
 from trainer.config import ConceptsConfig, ModelConfig, RunConfig
 
-Axis = Literal["dp_shard", "dp_replicate", "tp", "dp", "replica"]
+Axis = Literal["dp_shard", "node", "dp_replicate", "tp", "dp", "replica"]
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
 
 FP64 = 8
@@ -55,6 +55,7 @@ def group_of(axis: Axis, layout: Layout) -> tuple[int, int]:
     size, stride = {
         "tp": (layout.tp, 1),
         "dp_shard": (layout.dp_shard, layout.tp),
+        "node": (layout.shards_per_node, layout.tp),
         "dp_replicate": (layout.dp_replicate, layout.tp * layout.dp_shard),
         "dp": (layout.dp_size, layout.tp),
         "replica": (layout.replica, 1),
@@ -81,7 +82,7 @@ def plan_traffic(config: RunConfig, layout: Layout, teacher: Teacher | None) -> 
     found = [
         *_weights(config, layout, element),
         *_gradients(layout),
-        *_tensor_parallel(config.model, concepts, layout, config.data.seq_len, element),
+        *_tensor_parallel(config, config.model, concepts, layout, element),
         *_targets(config, layout, teacher),
         *_metrics(config, layout),
     ]
@@ -95,13 +96,23 @@ def _whole(unit: Unit, layout: Layout) -> int:
 
 def _weights(config: RunConfig, layout: Layout, element: int) -> Iterator[Transfer]:
     """Each microbatch gathers all weights; blocks again in backward if they were freed after forward."""
-    times = len(layout.microbatches)
-    blocks = layout.num_blocks * _whole(layout.block, layout)
-    again = 2 if config.parallel.reshard_after_forward else 1
-    yield Transfer("weights of the blocks", "dp_shard", "all-gather", again * times * element * blocks)
+    times, blocks = len(layout.microbatches), layout.num_blocks
+    block = times * element * _whole(layout.block, layout)
+    gathers = blocks + gathered_again(config, layout)
+    yield Transfer("weights of the blocks", "dp_shard", "all-gather", gathers * block)
+    if config.parallel.reshard_after_forward == "node":
+        yield Transfer("weights of the blocks", "node", "all-gather", blocks * block)
     # Nothing of the student can run before its embedding, and the root holds it.
     root = times * element * _whole(layout.root, layout)
     yield Transfer("weights of the root", "dp_shard", "all-gather", root, exposed=True)
+
+
+def gathered_again(config: RunConfig, layout: Layout) -> int:
+    """Blocks that backward gathers from all shards because forward freed their weights."""
+    if layout.dp_shard == 1 and config.parallel.reshard_after_forward == "auto":
+        return 0
+    freed = {"never": 0, "auto": layout.num_blocks - 1, "always": layout.num_blocks, "node": 0}
+    return freed[config.parallel.reshard_after_forward]
 
 
 def _gradients(layout: Layout) -> Iterator[Transfer]:
@@ -119,16 +130,18 @@ def _gradients(layout: Layout) -> Iterator[Transfer]:
 
 
 def _tensor_parallel(
-    model: ModelConfig, concepts: ConceptsConfig | None, layout: Layout, seq_len: int, element: int
+    config: RunConfig, model: ModelConfig, concepts: ConceptsConfig | None, layout: Layout, element: int
 ) -> Iterator[Transfer]:
     """Sequence parallelism around every sublayer, and what the heads exchange per token."""
+    seq_len = config.data.seq_len
     tokens = layout.rows_per_rank * seq_len
     stream = tokens * model.d_model * element
     gathered, summed = _sublayers(model, concepts)
     # Backward gathers where forward summed, and sums where forward gathered.
-    both = (gathered + summed) * stream
-    yield Transfer("activations", "tp", "all-gather", both, exposed=True)
-    yield Transfer("activations", "tp", "reduce-scatter", both, exposed=True)
+    both = gathered + summed
+    again = _recomputed(model, concepts) if config.parallel.recompute == "full" else (0, 0)
+    yield Transfer("activations", "tp", "all-gather", (both + again[0]) * stream, exposed=True)
+    yield Transfer("activations", "tp", "reduce-scatter", (both + again[1]) * stream, exposed=True)
     yield Transfer("LM head's exchange", "tp", "all-gather", 2 * FP32 * tokens * layout.tp, exposed=True)
     whole = sum(
         parameter.elements(1) * count
@@ -152,6 +165,15 @@ def _sublayers(model: ModelConfig, concepts: ConceptsConfig | None) -> tuple[int
     gathered = 2 * lower + 4 * interleaved + 3 + 1 + 1
     summed = 2 * lower + 4 * interleaved + 2 + 1
     return gathered, summed
+
+
+def _recomputed(model: ModelConfig, concepts: ConceptsConfig | None) -> tuple[int, int]:
+    """Streams of T positions that blocks gather and sum again; recomputation stops before the last sum."""
+    if concepts is None:
+        return 2 * model.n_layer, model.n_layer
+    lower = concepts.insert_layer
+    interleaved = model.n_layer - 1 - lower
+    return 2 * lower + 4 * interleaved + 3, lower + 2 * interleaved + 1
 
 
 def _concept_path(

@@ -88,7 +88,41 @@ VARIANTS = {
     "chunks of logits": ("386m", 64, (*SHALLOW, "--concepts.insert_layer=2")),
     "hybrid sharding": ("1b", 16, (*SHALLOW, "--train.batch_size=16", "--parallel.dp_replicate=2")),
     "replicas": ("1b", 8, (*SHALLOW, "--train.batch_size=8", "--parallel.dp_replicate=8")),
-    "resharding": ("1b", 8, (*SHALLOW, "--train.batch_size=64", "--parallel.reshard_after_forward=true")),
+    "resharding": ("1b", 8, (*SHALLOW, "--train.batch_size=64", "--parallel.reshard_after_forward=always")),
+    "all but the last block, ahead": (
+        "1b",
+        64,
+        (
+            *SHALLOW,
+            "--train.batch_size=64",
+            "--parallel.reshard_after_forward=auto",
+            "--parallel.prefetch=2",
+        ),
+    ),
+    "a copy per node": (
+        "1b_ntp",
+        16,
+        (
+            *SHALLOW,
+            "--train.batch_size=16",
+            "--train.microbatch_size=1",
+            "--parallel.reshard_after_forward=node",
+        ),
+    ),
+    "selective, tp": ("1b", 8, (*SHALLOW, *SPLIT, "--train.batch_size=64", "--parallel.recompute=selective")),
+    "full, tp": ("1b", 8, (*SHALLOW, *SPLIT, "--train.batch_size=64", "--parallel.recompute=full")),
+    "full, next token": ("1b_ntp", 8, (*SHALLOW, "--train.batch_size=64", "--parallel.recompute=full")),
+    "offloaded": (
+        "1b_ntp",
+        8,
+        (
+            *SHALLOW,
+            "--train.batch_size=64",
+            "--parallel.offload_parameters=true",
+            "--parallel.offload_optimizer=true",
+        ),
+    ),
+    "one GPU": ("1b_ntp", 1, ("--model.n_layer=4", "--train.batch_size=4", "--train.precision=fp32")),
     "fp32": ("1b_ntp", 64, (*SHALLOW, "--train.batch_size=256", "--train.precision=fp32")),
     "next token, tp": ("1b_ntp", 8, ("--model.n_layer=4", "--train.batch_size=64", "--parallel.tp=2")),
     "split teacher": ("386m", 8, (*SHALLOW, "--train.batch_size=128", "--parallel.shard_teacher=true")),
@@ -123,13 +157,37 @@ MOMENTS = {
         "--concepts.num_concepts=65536",
     ),
     "backward: concept head": (*SHALLOW, "--model.vocab_size=3000"),
-    "backward: top block": (
+    "backward: last block": (
         *SHALLOW,
         "--model.vocab_size=3000",
         "--concepts.insert_layer=1",
         "--concepts.num_concepts=1000",
+        "--parallel.reshard_after_forward=always",
     ),
 }
+
+
+RECOMPUTED_MOMENTS = [
+    ("selective", "forward: LM head"),
+    ("selective", "backward: top block"),
+    ("full", "forward: top block"),
+    ("full", "backward: top block"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "moment"), RECOMPUTED_MOMENTS)
+def test_what_is_recomputed(how: str, moment: str, measured: Measure) -> None:
+    """Catches activations that are left out of the plan while they exist: at work, or computed again."""
+    plan = plan_of(
+        "1b",
+        *("--model.n_layer=12", "--model.vocab_size=3000", "--concepts.num_concepts=1000"),
+        *("--concepts.insert_layer=1", "--train.batch_size=256", f"--parallel.recompute={how}"),
+    )
+    phase = moment.partition(":")[0]
+    own = [found for found in plan.moments if found.name.startswith(phase)]
+    assert max(own, key=lambda found: found.tensors).name == moment
+    assert errors(compare(plan, measured(plan)), within=0.02) == []
 
 
 @pytest.mark.slow
@@ -178,7 +236,7 @@ PLANTED: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
     "peak: forward: queries": (memory, "attention_kept", partial(_scaled, 0.8)),
     "peak: forward: last block": (memory, "last_attention_kept", partial(_scaled, 0.5)),
     "peak: forward: chunk": (memory, "chunk_bytes", partial(_scaled, 0.9)),
-    "peak: backward: gathered": (memory, "_gathered_weights", partial(_scaled, 0.5)),
+    "peak: backward: gathered": (memory, "kept_in_backward", partial(_scaled, 0.5)),
     "optimizer: one moment": (memory, "COPIES_OF_ADAM", lambda _: 1),
     "parameters: a bias": (layout, "block_parameters", lambda whole: lambda width: whole(width)[1:]),
     "peak: targets: gathered": (memory, "_teacher_gathered", lambda _: lambda *args: 0),
@@ -280,7 +338,14 @@ def test_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--config", path, "--gpu_memory_gb", "24"]) == 3
     out = capsys.readouterr().out
     assert "DOES NOT FIT" in out
-    for switch in ("parallel.tp=2", "train.microbatch_size=2", "parallel.reshard_after_forward=true"):
+    for switch in (
+        "parallel.tp=2",
+        "train.microbatch_size=2",
+        "parallel.reshard_after_forward=always",
+        "parallel.recompute=selective",
+        "parallel.recompute=full",
+        "parallel.offload_parameters=true --parallel.offload_optimizer=true",
+    ):
         assert f"--{switch}" in out
     assert command.main(["--config", path, "--gpu_memory_gb", "24", "--parallel.tp=2"]) == 0
 
@@ -292,8 +357,9 @@ def test_advice_is_ordered_and_true() -> None:
     assert [advice.saved for advice in advices] == sorted((advice.saved for advice in advices), reverse=True)
     tried = {advice.switch: advice for advice in advices}
     changes = ("--train.microbatch_size=1", "--parallel.tp=4", "--parallel.dp_replicate=1")
-    for switch in (*changes, "--parallel.shard_teacher=true"):
-        other = plan_of("1b", "--parallel.dp_replicate=2", switch, ranks=8, gpu_memory_gb=24)
+    offload = "--parallel.offload_parameters=true --parallel.offload_optimizer=true"
+    for switch in (*changes, "--parallel.shard_teacher=true", "--parallel.recompute=full", offload):
+        other = plan_of("1b", "--parallel.dp_replicate=2", *switch.split(), ranks=8, gpu_memory_gb=24)
         assert (tried[switch].needed, tried[switch].fits) == (other.needed, other.fits)
 
 
@@ -330,6 +396,34 @@ def test_largest_microbatch() -> None:
 
 
 # By hand
+
+
+def test_what_recomputation_costs() -> None:
+    """Catches recomputed products in the MFU's numerator, or none in the step's time."""
+    plain, full = (plan_of("1b_ntp", f"--parallel.recompute={how}", mfu=0.5) for how in ("none", "full"))
+    assert full.flops == plain.flops
+    blocks, width = plain.flops.parts["blocks"].forward, 2096
+    again = blocks - 24 * 2 * 4 * width**2
+    assert full.timing.compute_s / plain.timing.compute_s == pytest.approx(1 + again / plain.flops.total)
+    selective = plan_of("1b_ntp", "--parallel.recompute=selective", mfu=0.5)
+    assert selective.timing == plain.timing
+
+
+def test_what_offloading_costs() -> None:
+    """Catches offloaded bytes that still count on the GPU, and copies that take no time."""
+    switches = ("--parallel.offload_parameters=true", "--parallel.offload_optimizer=true")
+    sizes = ("--train.batch_size=16", "--train.microbatch_size=1", "--parallel.reshard_after_forward=always")
+    plain, offloaded = (plan_of("1b_ntp", *sizes, *more, ranks=8, host_gbps=10.0) for more in ((), switches))
+    state = 12 * plain.layout.shard_elements
+    assert plain.peak.total - offloaded.peak.total == pytest.approx(state, rel=0.01)
+    step = offloaded.moments[-1]
+    assert sum(step.offloaded.values()) == pytest.approx(16 * plain.layout.shard_elements, rel=1e-4)
+    # Two microbatches; blocks are gathered twice; gradients come back once.
+    block, root = (unit.shard_elements(1, 8) for unit in (plain.layout.block, plain.layout.root))
+    copied = 4 * (2 * (2 * 24 * block + root) + plain.layout.shard_elements)
+    beside = offloaded.timing.beside_s - plain.timing.beside_s
+    assert beside == pytest.approx(copied / 10e9)
+    assert offloaded.timing.exposed_s > plain.timing.exposed_s
 
 
 def test_who_sends_where() -> None:

@@ -126,7 +126,7 @@ class ToyRun:
             )
         else:
             apply_parallel(self.model, PLAN, self.mesh, self.config, self.precision)
-            materialize(self.model, self.world.device, self.init)
+            materialize(self.model, self.world.device, self.init, offload=self.config.offload_parameters)
             self.engine = FsdpEngine(self.model, self.build_optimizer(self.model), self.mesh, self.clip_norm)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.AdamW:

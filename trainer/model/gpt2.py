@@ -122,8 +122,9 @@ class Attention(nn.Module):
         weight = local(self.qkv.weight).unflatten(0, by_kind)[:, which].flatten(0, 2)
         bias = local(self.qkv.bias).unflatten(0, by_kind)[:, which].flatten()
         kinds = len(range(3)[which])
-        out = linear(x, weight, bias).unflatten(-1, (-1, kinds, self.head_dim))
-        return out.permute(3, 0, 2, 1, 4).unbind(0)
+        # As rows: of every other position of x it is a product and a sum on their own otherwise.
+        out = linear(x.flatten(0, 1), weight, bias)
+        return out.view(*x.shape[:2], -1, kinds, self.head_dim).permute(3, 0, 2, 1, 4).unbind(0)
 
 
 class MLP(nn.Module):
@@ -160,10 +161,17 @@ class Block(nn.Module):
         and cost neither queries nor MLP. For a last block of which not everything is read. With ``past``
         x are the positions that follow it.
         """
-        attended = self.attn(self.ln_1(x), read, past)
-        x = (x if read is None else x[:, read]) + attended
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return self.transform(self.attend(x, read, past))
+
+    def attend(self, x: Tensor, read: slice | None = None, past: Past | None = None) -> Tensor:
+        """The first sublayer: x and what its positions learn from those before them."""
+        attended: Tensor = self.attn(self.ln_1(x), read, past)
+        return (x if read is None else x[:, read]) + attended
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The second sublayer: x and what the MLP makes of each position."""
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
 
 
 class GPT2(nn.Module):
@@ -186,9 +194,15 @@ class GPT2(nn.Module):
 
     @property
     def plan(self) -> ParallelPlan:
-        """Each block is one FSDP unit; embeddings, head and what a subclass adds belong to the root."""
+        """Each block is one unit; embeddings, head and what a subclass adds belong to the root."""
+        blocks = tuple(f"blocks.{i}" for i in range(self.config.n_layer))
         return ParallelPlan(
-            fsdp_units=tuple(f"blocks.{i}" for i in range(self.config.n_layer)),
+            fsdp_units=blocks,
+            compiled=blocks,
+            recomputed=blocks,
+            partly_recomputed=tuple(
+                f"{block}.{part}" for block in blocks for part in ("attend", "transform")
+            ),
             tensor_dims=TENSOR_DIMS,
             tensor_divides={"model.n_head": self.config.n_head},
         )
