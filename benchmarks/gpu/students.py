@@ -141,6 +141,7 @@ def _one_rank(device: torch.device) -> Mesh:
         fsdp=init_device_mesh(device.type, (1,), mesh_dim_names=("fsdp",)),
         dp_group=None,
         tp=None,
+        ranks_per_node=1,
     )
 
 
