@@ -30,6 +30,8 @@ PROGRESS_NAME = "progress.json"
 LOCK_NAME = ".lock"
 FOLDER_BYTE = 0
 """Place in the lock file that stands for the folder; chunk number n of all splits has n + 1."""
+ALL_THAT_FOLLOW = 0
+"""What lockf(3) takes for: to the end of the file, however far it may grow."""
 
 
 class LabelWriter:
@@ -146,15 +148,14 @@ class LabelWriter:
         return different and f"{self._folder}: holds labels for something else, {different}"
 
     def _discard(self) -> None:
-        try:
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 0, FOLDER_BYTE + 1)
-        except (BlockingIOError, PermissionError) as error:
-            raise DataError(f"{self._folder}: another process is writing these labels") from error
+        """Remove all labels; nobody can begin a chunk meanwhile."""
+        if not self._lock(FOLDER_BYTE + 1, ALL_THAT_FOLLOW, wait=False):
+            raise DataError(f"{self._folder}: another process is writing these labels")
         for name in (LABELS_NAME, PROGRESS_NAME):  # the manifest first: no finished folder without files
             (self._folder / name).unlink(missing_ok=True)
         for path in [*self._folder.glob("*/*/*.u16"), *self._folder.glob("*/*/.*.tmp")]:
             path.unlink()
-        fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 0, FOLDER_BYTE + 1)
+        self._unlock(FOLDER_BYTE + 1, ALL_THAT_FOLLOW)
 
     def _look_again(self, split: str, number: int) -> bool:
         """Whether a chunk has labels by now."""
@@ -174,25 +175,35 @@ class LabelWriter:
 
     @contextlib.contextmanager
     def _locked(self, byte: int) -> Iterator[None]:
-        fcntl.lockf(self._lock_file, fcntl.LOCK_EX, 1, byte)
+        self._lock(byte, 1, wait=True)
         try:
             yield
         finally:
-            fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, byte)
+            self._unlock(byte, 1)
 
     @contextlib.contextmanager
     def _claimed(self, position: int) -> Iterator[bool]:
         """Lock a chunk unless another process has it; gives whether it is this process's."""
         byte = FOLDER_BYTE + 1 + position
+        mine = self._lock(byte, 1, wait=False)
         try:
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-        except (BlockingIOError, PermissionError):
-            yield False
-            return
-        try:
-            yield True
+            yield mine
         finally:
-            fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, byte)
+            if mine:
+                self._unlock(byte, 1)
+
+    def _lock(self, byte: int, count: int, *, wait: bool) -> bool:
+        """Lock bytes of the lock file; returns whether they are this process's."""
+        try:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), count, byte)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError as error:
+            raise DataError(f"{self._folder}: no file locks on this file system: {error.strerror}") from error
+        return True
+
+    def _unlock(self, byte: int, count: int) -> None:
+        fcntl.lockf(self._lock_file, fcntl.LOCK_UN, count, byte)
 
 
 def _read_marker(path: Path) -> LabelSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -260,6 +261,19 @@ def test_a_folder_is_continued_for_the_same_settings_only(
     with pytest.raises(DataError, match=r"not empty and no labels in it; choose another concepts\.labels"):
         new_writer(shard_folder, foreign, overwrite=True)
     assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_system_without_locks_is_refused(
+    shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches processes that all believe to be alone, or a traceback: some network file systems lock nothing."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    with pytest.raises(DataError, match="labels: no file locks on this file system: No locks available"):
+        new_writer(shard_folder, tmp_path / "labels")
 
 
 def test_labels_that_are_being_written_are_not_replaced(shard_folder: Path, tmp_path: Path) -> None:

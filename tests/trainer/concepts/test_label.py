@@ -119,9 +119,12 @@ def test_stored_targets_are_those_of_the_fly(labels: Path, tiny_world: Path, tmp
     assert masked > 0
 
 
-def test_the_last_pass_of_a_chunk_has_the_shape_of_the_others(tiny_world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_last_pass_of_a_chunk_has_the_shape_of_the_others(
+    precision: str, tiny_world: Path, tmp_path: Path
+) -> None:
     """Catches a short pass: on a GPU other kernels would round otherwise than in training."""
-    config = tiny_config(tiny_world, tmp_path / "run")
+    config = tiny_config(tiny_world, tmp_path / "run", concepts__precision=precision)
     assert config.concepts is not None
     shapes: list[tuple[int, ...]] = []
 
