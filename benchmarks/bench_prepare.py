@@ -14,7 +14,6 @@ import io
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,10 +22,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.data_suite import Row, make_rows, table
+from benchmarks.data_suite import Row, Suite, add_arguments, make_rows, run_suites
 from benchmarks.documents import generate_documents
 from benchmarks.layouts import write_corpus
-from benchmarks.record import Transcript, command_line, write_record
+from benchmarks.record import command_line
 from data.cli import run_cli
 from data.fast_bpe import FastEncoder
 from data.manifest import Manifest
@@ -158,23 +157,17 @@ def _cpu_s() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
+def suite(bench: PrepareBench | None = None) -> Suite:
+    """Return this measurement, for ``benchmarks.bench_data``."""
+    bench = bench or PrepareBench()
+    tokenizer = "given" if bench.tokenizer else f"bpe:{VOCAB_SIZE}"
+    return Suite(SUITE, {**asdict(bench), "tokenizer": tokenizer}, partial(measure, bench))
+
+
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Measure, print the table and write the record if that is wanted; returns 0."""
     bench = PrepareBench(megabytes=args.megabytes, repeats=args.repeats, tokenizer=args.tokenizer)
-    with tempfile.TemporaryDirectory(prefix="bench-prepare-", dir=args.dir) as name:
-        rows = measure(bench, Path(name))
-    transcript = Transcript()
-    transcript.say("\n".join(table(rows)))
-    if args.record:
-        path = write_record(
-            "prepare",
-            command=command_line("benchmarks.bench_prepare", argv),
-            config={**asdict(bench), "tokenizer": "given" if bench.tokenizer else f"bpe:{VOCAB_SIZE}"},
-            results=[asdict(row) for row in rows],
-            log=transcript.text,
-        )
-        print(f"record: {path}")
-    return 0
+    return run_suites(SUITE, [suite(bench)], args, command_line("benchmarks.bench_prepare", argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,8 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--megabytes", type=float, default=24.0, help="text of the long corpus")
     parser.add_argument("--repeats", type=int, default=3, help="preparations of each case")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json, or folder with GPT-2's files")
-    parser.add_argument("--dir", type=Path, help="where to write; a temporary folder by default")
-    parser.add_argument("--record", action="store_true", help="write a record below benchmarks/records")
+    add_arguments(parser)
     return run_cli(partial(run, argv=argv), parser, argv)
 
 

@@ -1,9 +1,15 @@
-"""What every measurement of data/ hands over: rows of a table, all of them tokens per second."""
+"""What every measurement of data/ has in common: rows of one table, printed and recorded in one way."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import argparse
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import Transcript, write_record
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +23,17 @@ class Row:
     ratio: float
     """To the suite's baseline, which is its first row."""
     note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """A measurement."""
+
+    name: str
+    config: Mapping[str, Any]
+    """JSON-able; what the rows depend on beside the code."""
+    measure: Callable[[Path], list[Row]]
+    """Measures below an existing, empty folder."""
 
 
 def make_rows(suite: str, rates: Sequence[tuple[str, float, str]]) -> list[Row]:
@@ -33,3 +50,29 @@ def table(rows: Sequence[Row]) -> list[str]:
         for row in rows
     ]
     return lines
+
+
+def run_suites(theme: str, suites: Sequence[Suite], args: argparse.Namespace, command: str) -> int:
+    """Measure one suite after the other, print one table and write a record if that is wanted; returns 0."""
+    rows: list[Row] = []
+    for suite in suites:
+        with tempfile.TemporaryDirectory(prefix=f"bench-{suite.name}-", dir=args.dir) as name:
+            rows += suite.measure(Path(name))
+    transcript = Transcript()
+    transcript.say("\n".join(table(rows)))
+    if args.record:
+        path = write_record(
+            theme,
+            command=command,
+            config={suite.name: suite.config for suite in suites},
+            results=[asdict(row) for row in rows],
+            log=transcript.text,
+        )
+        print(f"record: {path}")
+    return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`run_suites` reads."""
+    parser.add_argument("--dir", type=Path, help="where to write; a temporary folder by default")
+    parser.add_argument("--record", action="store_true", help="write a record below benchmarks/records")

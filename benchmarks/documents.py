@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -35,17 +36,12 @@ def generate_documents(characters: int, seed: int = 0) -> Iterator[str]:
 
 
 def _make_words(generator: np.random.Generator) -> list[str]:
-    words: dict[str, None] = {}
-    while len(words) < NUM_WORDS:
-        syllables = 1 + int(generator.poisson(0.12 * np.log1p(len(words))))
-        parts = [
-            ONSETS[generator.integers(len(ONSETS))]
-            + NUCLEI[generator.integers(len(NUCLEI))]
-            + CODAS[generator.integers(len(CODAS))]
-            for _ in range(syllables)
-        ]
-        words.setdefault("".join(parts))
-    return list(words)
+    """Return different made-up words, the first of them short."""
+    syllables = ["".join(parts) for parts in itertools.product(ONSETS, NUCLEI, CODAS)]
+    counts = 1 + generator.poisson(0.12 * np.log1p(np.arange(2 * NUM_WORDS)))
+    drawn = iter(generator.integers(len(syllables), size=counts.sum()).tolist())
+    words = {"".join(syllables[next(drawn)] for _ in range(count)): None for count in counts.tolist()}
+    return list(words)[:NUM_WORDS]
 
 
 def _write(words: list[str], generator: np.random.Generator) -> str:

@@ -25,7 +25,7 @@ PATTERN = (
     r"(?: ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?\p{N}+| ?[^\s\p{L}\p{N}]+)"  # words, 's, numbers, signs
     r"|\s+(?!\S)|\s+"  # white space, but its last character where a word follows
 )
-SAMPLE_CHARACTERS = 4096
+SAMPLE_CHARACTERS = 2048
 SAMPLES = (
     "Hello world, it's 1,000.50 o'clock: they'll we've you're I'd can't 'S' 'LL' ''s",
     " \t\n\n  indented\r\n\x0b\x0c\x1c\x85\u00a0\u1680\u2003\u2028\u2029\u3000\u200b\ufeff end  \n ",

@@ -1,0 +1,83 @@
+"""The measurements of data/ measure what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench_data, bench_prepare
+from benchmarks.bench_prepare import PrepareBench
+from benchmarks.data_suite import make_rows, table
+from benchmarks.documents import generate_documents
+from benchmarks.record import write_record
+from data.fast_bpe import FastEncoder
+from data.tokenizer import train_bpe
+
+
+def test_rows_are_compared_with_the_first() -> None:
+    """Catches a ratio that is upside down."""
+    rows = make_rows("suite", [("base", 4e6, ""), ("case", 1e6, "slow")])
+    assert [row.ratio for row in rows] == [1.0, 0.25]
+    assert table(rows)[-1] == "| suite | case | 1.00 | 0.25 | slow |"
+
+
+def test_a_start_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rate that start-up makes look slow: 2 s to start, then 1 s for 10 tokens."""
+    clock = [0.0]
+    monkeypatch.setattr(bench_prepare, "_cpu_s", lambda: clock[0])
+
+    def work(seconds: float, tokens: int) -> Callable[[], int]:
+        def run() -> int:
+            clock[0] += seconds
+            return tokens
+
+        return run
+
+    case = bench_prepare._Case("case", short=work(2.5, 5), long=work(6.0, 40))
+    ratio, start_s = bench_prepare._turn(case, work(2.0, 40))
+    assert (ratio, start_s) == pytest.approx((0.5, 2.0))
+
+
+def test_documents_are_the_same_for_a_seed_and_look_like_text() -> None:
+    """Catches documents that are easier to tokenize than text, one word or one line for ever."""
+    first = list(generate_documents(200_000, seed=1))
+    assert first == list(generate_documents(200_000, seed=1))
+    assert first[0] != next(generate_documents(1, seed=2))
+    assert len(set(first)) == len(first)
+    tokenizer = train_bpe(first, 8192)
+    tokens = sum(map(len, FastEncoder(tokenizer).encode_batch(first)))
+    assert 3.0 < sum(map(len, first)) / tokens < 5.0
+    words = " ".join(first).split()
+    assert 1.1 < tokens / len(words) < 2.0
+    assert len(set(words)) > len(words) / 10
+
+
+def test_a_small_measurement_is_shown_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a benchmark that does not run, and a case that is left out."""
+    monkeypatch.setattr("benchmarks.data_suite.write_record", partial(write_record, root=tmp_path))
+    monkeypatch.setattr(bench_prepare, "TRAINING_CHARACTERS", 200_000)
+    monkeypatch.setattr(bench_prepare, "VOCAB_SIZE", 1000)
+    small = PrepareBench(megabytes=0.5, repeats=1, layouts=("jsonl", "txt"), processes=1)
+    monkeypatch.setitem(bench_data.SUITES, "prepare", lambda: bench_prepare.suite(small))
+    assert bench_data.main(["--suites", "prepare", "--record"]) == 0
+    (record,) = tmp_path.iterdir()
+    body = json.loads((record / "record.json").read_text())
+    cases = [row["case"] for row in body["results"]]
+    assert cases == [bench_prepare.RAW, "jsonl", "txt", "jsonl, reference encoder", "jsonl, 1 processes"]
+    assert all(row["tokens_per_s"] > 0 for row in body["results"])
+    assert body["config"]["prepare"]["megabytes"] == 0.5
+    assert "| prepare | txt |" in capsys.readouterr().out
+
+
+def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback for a mistyped option."""
+    assert bench_data.main(["--suites", "prepar"]) == 2
+    assert "--suites prepar is unknown; there is prepare" in capsys.readouterr().err
+    assert bench_prepare.main(["--repeats", "0"]) == 2
+    assert "--repeats 0 must be at least 1" in capsys.readouterr().err
