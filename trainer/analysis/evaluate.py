@@ -12,22 +12,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from data.batch import Batch
 from data.cli import run_cli
-from data.config import DataConfig
 from data.files import replace_text
-from data.loader import validation_batches
-from data.manifest import Manifest
-from data.progress import Progress
-from data.source import open_source
 from parallel.world import choose_device
 from trainer.analysis.tables import markdown_table
 from trainer.analysis.trained import TrainedModel, is_run, open_teacher, open_trained
 from trainer.analysis.validation import ValidationReport, measure
+from trainer.analysis.windows import validation_sources, validation_windows
 from trainer.checkpoint.store import CheckpointError
 from trainer.concepts.extractor import TargetExtractor
 from trainer.metrics.tensorboard import TensorBoard
@@ -45,35 +39,12 @@ def evaluate(trained: TrainedModel, args: argparse.Namespace) -> dict[str, Valid
     model = trained.model.to(device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
     extractor = _extractor(trained, device) if not args.no_concepts else None
     reports = {}
-    for config in _sources(trained, args.data):
-        manifest = open_source(config).manifest
-        _check_tokenizer(trained, config, manifest)
-        batches = _with_progress(config, manifest, args)
+    for config in validation_sources(trained, args.data):
+        batches = validation_windows(
+            trained, config, f"evaluating on {config.dir}", share=args.share, rows=args.batch_size
+        )
         reports[Path(config.dir).name] = measure(model, batches, device, extractor)
     return reports
-
-
-def _sources(trained: TrainedModel, folders: Sequence[str]) -> list[DataConfig]:
-    seq_len = trained.model.config.n_positions
-    if trained.config is not None:
-        if not folders:
-            return [trained.config.data]
-        seq_len = trained.config.data.seq_len
-    if not folders:
-        raise ValueError(f"{trained.path}: is no run directory, so --data must name a shard folder")
-    names = [Path(folder).name for folder in folders]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"--data: two folders are called {name}, their reports would be mixed up")
-    return [DataConfig(dir=folder, seq_len=seq_len) for folder in folders]
-
-
-def _check_tokenizer(trained: TrainedModel, config: DataConfig, manifest: Manifest) -> None:
-    if manifest.tokenizer.sha256 != trained.tokenizer.sha256:
-        raise ValueError(
-            f"{config.dir}: its tokens were made by tokenizer {manifest.tokenizer.sha256[:12]}..., those of "
-            f"{trained.path} by {trained.tokenizer.sha256[:12]}...: losses would mean nothing"
-        )
 
 
 def _extractor(trained: TrainedModel, device: torch.device) -> TargetExtractor | None:
@@ -82,23 +53,6 @@ def _extractor(trained: TrainedModel, device: torch.device) -> TargetExtractor |
         return None
     teacher, sae, _ = open_teacher(trained)
     return TargetExtractor(teacher.to(device), sae.to(device), trained.config.concepts)
-
-
-def _with_progress(config: DataConfig, manifest: Manifest, args: argparse.Namespace) -> Any:
-    batches = validation_batches(config, share=args.share, rows=args.batch_size, rank=0, world_size=1)
-    tokens = manifest.splits["val"].tokens * args.share
-    progress = Progress(f"evaluating on {config.dir}", max(1, int(tokens)), unit="ktokens", per_unit=1e3)
-
-    def counted() -> Any:
-        done = 0
-        for batch in batches:
-            assert isinstance(batch, Batch)
-            yield batch
-            done += batch.num_rows * config.seq_len
-            progress.update(min(done, int(tokens)))
-        progress.close()
-
-    return counted()
 
 
 # What is shown

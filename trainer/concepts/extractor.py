@@ -148,9 +148,23 @@ class TargetExtractor:
             return targets
         return unpack_ids(self.tp.gather_rows(pack_ids(targets), num_rows))
 
+    @torch.no_grad()
+    def latents(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Active latents beside the targets that are chosen among them, on a rank of its own.
+
+        Returns:
+            Values (B, T, K) fp32, largest first, ids (B, T, K) int64 and targets (B, T, A) int64.
+        """
+        assert self.tp.size == 1
+        residual = residual_and_gradient(self.teacher, input_ids, labels, self.config.sae_layer)
+        values, ids = self.sae.encode(residual.x.float())
+        return values, ids, self._targets(residual.grad, values, ids)
+
     def _select(self, x: Tensor, grad: Tensor) -> Tensor:
         """Targets of residuals and their gradients (B, T, D_t)."""
-        values, ids = self.sae.encode(x.float())
+        return self._targets(grad, *self.sae.encode(x.float()))
+
+    def _targets(self, grad: Tensor, values: Tensor, ids: Tensor) -> Tensor:
         # Each rank scores the latents that it holds; the others' scores are 0 there.
         index, here = self.sae.columns.find(ids)
         scores = attribution(grad.float(), values.masked_fill(~here, 0.0), index, self.sae.decoder)
