@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.tensor import TensorGroup, local
+from trainer.kernels.columns import LocalColumns
 from trainer.kernels.matmul import linear
 from trainer.kernels.topk import join, merge_top_k, pick
-from trainer.kernels.vocabulary import LocalColumns
 
 STANDARDIZE_EPS = 1e-5
 """Added to the standard deviation, outside the root, as the published dictionaries were trained."""

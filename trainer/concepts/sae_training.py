@@ -26,8 +26,8 @@ from parallel.plan import ParallelPlan
 from parallel.tensor import local
 from trainer.concepts.sae import TopKSae, preactivations, sum_of_rows
 from trainer.config import SaeConfig
+from trainer.kernels.columns import LocalColumns
 from trainer.kernels.topk import TopK, join, merge_top_k, pick
-from trainer.kernels.vocabulary import LocalColumns
 from trainer.model.padding import padded
 
 TENSOR_DIMS = MappingProxyType({"encoder.weight": 0, "latent_bias": 0, "decoder": 0})

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from parallel.tensor import TensorGroup
 from trainer.kernels.chunks import row_blocks, row_chunks
+from trainer.kernels.columns import LocalColumns
+from trainer.kernels.cross_entropy import cross_entropy_
 from trainer.kernels.head_gradients import HeadGradients
 from trainer.kernels.matmul import linear
 from trainer.kernels.reference import MASKED_TARGET
-from trainer.kernels.vocabulary import LocalColumns, cross_entropy_
 
 
 class ConceptHeadOutput(NamedTuple):

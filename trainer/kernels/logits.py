@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trainer.kernels import topk
 from trainer.kernels.chunks import row_blocks
 
 _Summary = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -64,11 +65,10 @@ def _target_sum(logits: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     return (picked * weights).sum(1, keepdim=True)
 
 
-def _largest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    if top_k == 0:
+def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if k == 0:
         return logits[:, :0], logits.new_empty(len(logits), 0, dtype=torch.int64)
-    values, ids = logits.topk(top_k, dim=-1)
-    return values, ids
+    return topk.top_k(logits, k)
 
 
 def _joined(blocks: list[_Summary]) -> _Summary:

@@ -70,8 +70,8 @@ def logit_pass_(
 
     Returns:
         fp32 log-sum-exp (n, 1) and weighted sum of the targets' logits (n, 1), the K largest logits
-        (n, K) in their dtype, largest first, and their columns (n, K) int64. Of equal logits Triton's
-        kernel takes the first columns; the eager pass takes any.
+        (n, K) in their dtype, largest first, and their columns (n, K) int64. Of equal logits those with
+        the smaller columns are taken and come first, but for -inf, whose columns are any.
     """
     found: tuple[Tensor, Tensor, Tensor, Tensor] = _for_logits(logits).logit_pass_(
         logits, index.contiguous(), weights.contiguous(), total.contiguous(), top_k

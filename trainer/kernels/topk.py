@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parallel.tensor import TensorGroup
-from trainer.kernels.vocabulary import LocalColumns
+from trainer.kernels.columns import LocalColumns
 
 
 class TopK(NamedTuple):
