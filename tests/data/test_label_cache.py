@@ -266,7 +266,7 @@ def test_a_folder_is_continued_for_the_same_settings_only(
 def test_a_file_system_without_locks_is_refused(
     shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches processes that all believe to be alone, or a traceback: some network file systems lock nothing."""
+    """Catches processes that all believe to be alone: some network file systems lock nothing."""
 
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

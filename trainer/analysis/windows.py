@@ -50,7 +50,7 @@ def validation_windows(
         )
     batches = validation_batches(config, share=share, rows=rows, rank=0, world_size=1)
     tokens = max(1, int(manifest.splits["val"].tokens * share))
-    return _counted(batches, config.seq_len, Progress(label, tokens), tokens)
+    return _counted(batches, config.seq_len, Progress(label, tokens, unit="ktokens", per_unit=1e3), tokens)
 
 
 def _counted(batches: Iterator[Batch], seq_len: int, progress: Progress, total: int) -> Iterator[Batch]:
