@@ -109,8 +109,8 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, RunConfig, Cluster]]:
     if train.precision == "fp32":
         yield "--train.precision=bf16", replace(config, train=replace(train, precision="bf16")), cluster
     if plan.teacher is not None and config.concepts is not None:
-        read = replace(config.concepts, source="cache")
-        yield "--concepts.source=cache", replace(config, concepts=read), cluster
+        read = replace(config.concepts, source="cache", ahead=False)
+        yield f"--concepts.source=cache{together}", replace(config, concepts=read), cluster
         if config.concepts.precision == "fp32":
             rounded = replace(config.concepts, precision="bf16")
             yield "--concepts.precision=bf16", replace(config, concepts=rounded), cluster

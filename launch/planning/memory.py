@@ -39,7 +39,7 @@ INT64 = 8
 CHUNK_ELEMENTS = 2**28
 """Elements of one chunk of logits on a GPU, as ``trainer.kernels.chunks`` cuts them."""
 BLOCK_ELEMENTS = 2**25
-"""Elements of a chunk's rows that are turned into fp32 at a time, there too."""
+"""Elements of a chunk's rows that are compared with the targets' logits at a time, there too."""
 SAE_CHUNK_ROWS = 1024
 """Tokens that the autoencoder encodes at a time."""
 COPIES_OF_ADAM = 2
@@ -105,23 +105,6 @@ class Book:
 def chunk_rows(tokens: int, columns: int) -> int:
     """Rows of the first chunk of logits, the largest one."""
     return min(tokens, max(1, CHUNK_ELEMENTS // columns))
-
-
-def chunk_bytes(rows: int, columns: int, element: int, per_block: int) -> int:
-    """Bytes of a chunk of logits in work.
-
-    Args:
-        rows, columns: of the chunk.
-        element: bytes of a logit.
-        per_block: bytes beside each logit of the block of rows in work.
-    """
-    block = min(rows, max(1, BLOCK_ELEMENTS // columns))
-    return columns * (rows * element + block * per_block)
-
-
-def fp32_copies(element: int) -> int:
-    """Bytes beside a logit of the block in work: its probability, and before it the logit itself in fp32."""
-    return FP32 if element == FP32 else 2 * FP32
 
 
 def mixer_kept(s: Sizes) -> int:
@@ -225,7 +208,7 @@ def _extraction(book: Book, config: RunConfig, layout: Layout, teacher: Teacher,
     book.note(
         "targets: the teacher's head",
         extraction=kept + 4 * stream,
-        extraction_logits=chunk_bytes(chunk_rows(tokens, columns), columns, element, fp32_copies(element)),
+        extraction_logits=element * chunk_rows(tokens, columns) * columns,
         teacher_gathered=element * _teacher_gathered(teacher, layout) if parallel.shard_teacher else 0,
     )
     streams = 2 * stream
@@ -278,24 +261,24 @@ def _hold_blocks(book: Book, s: Sizes, name: str, count: int, positions: int) ->
         book.hold(**{f"{name}_MLP": count * mlp_kept(s, positions, how)})
 
 
-def _logits(s: Sizes, columns: int) -> int:
+def _logits(s: Sizes, columns: int, per_block: int = 0) -> int:
     """Largest temporaries of a head beside its gradients, of which the weight's are made by the first chunk.
 
-    A chunk of logits is reduced and replaced by its gradient, then multiplied; one chunk is alive at a time.
+    A chunk of logits is reduced and replaced by its gradient in place (on a GPU by one kernel, without fp32
+    copies), then multiplied; one chunk is alive at a time.
+
+    Args:
+        s: sizes.
+        columns: of the logits.
+        per_block: bytes beside each logit of the block of rows in work before that.
     """
-    weight, per_block = columns * s.model.d_model, fp32_copies(s.element)
+    weight = columns * s.model.d_model
     first = chunk_rows(s.tokens, columns)
     second = min(first, s.tokens - first)
-    found = max(
-        chunk_bytes(first, columns, s.element, per_block) - FP32 * weight,
-        chunk_bytes(first, columns, s.element, 0) + s.cast * weight,
-    )
+    block = per_block * min(first, max(1, BLOCK_ELEMENTS // columns)) * columns
+    found = s.element * first * columns + max(block - FP32 * weight, s.cast * weight)
     if second:
-        found = max(
-            found,
-            chunk_bytes(second, columns, s.element, per_block),
-            chunk_bytes(second, columns, s.element, 0) + s.element * weight,
-        )
+        found = max(found, s.element * second * columns + max(block, s.element * weight))
     return found
 
 
@@ -321,7 +304,7 @@ def _concept_head(book: Book, s: Sizes) -> None:
     book.note(
         "forward: concept head",
         concept_mixer=mixer_kept(s) + 2 * FP32 * s.tokens * s.model.d_model // s.tp,
-        logits=_logits(s, s.dictionary),
+        logits=_logits(s, s.dictionary, per_block=1),  # a comparison, for the targets' ranks
         gathered_weights=whole_weights(s, 0) + kept_by_forward(s, s.concepts.insert_layer),
         gather_buffer=gather_buffer(s) + gathered_ahead(s, s.concepts.insert_layer),
     )
