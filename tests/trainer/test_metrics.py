@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -299,6 +300,15 @@ def await_tags(address: str, plugin: str) -> Any:
     return tags["."]
 
 
+# The little run of these tests has no such values.
+UNUSED_CHARTS = {
+    "share of the dictionary",
+    "mean rank",
+    "model FLOPs utilisation",
+    "seconds waiting for data",
+}
+
+
 def write_and_resume(run_dir: Path) -> None:
     concepts = {"loss_concept": torch.tensor(9.0), "concept_recall_at_A": torch.tensor(0.5)}
     with running(run_dir, tensorboard=True) as log:
@@ -326,6 +336,18 @@ def test_tensorboard_serves_the_run(tmp_path: Path) -> None:
         assert not {"other/step", "other/tokens", "other/seconds", "other/flops"} & set(tags)
         points = ask(f"{address}data/plugin/scalars/scalars?run=.&tag=loss%2Fntp")
         assert [(step, value) for _, step, value in points] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+        layout = ask(f"{address}data/plugin/custom_scalars/layout")
+        assert [category["title"] for category in layout["category"]] == (
+            ["Loss", "Concepts", "Throughput", "Memory", "Health"]
+        )
+        for chart in (chart for category in layout["category"] for chart in category["chart"]):
+            shown = [tag for tag in tags if any(re.search(item, tag) for item in chart["multiline"]["tag"])]
+            assert shown or chart["title"] in UNUSED_CHARTS
+            (line, *_) = chart["multiline"]["tag"]
+            query = urllib.parse.urlencode({"run": ".", "tag": line})
+            curves = ask(f"{address}data/plugin/custom_scalars/scalars?{query}")
+            assert curves["regex_valid"]
+            assert set(curves["tag_to_events"]) <= set(shown)
         assert {"config/text_summary", "samples/0/text_summary"} <= set(await_tags(address, "text"))
         experiment = ask(f"{address}data/plugin/hparams/experiment", {"experimentName": ""})
         assert {info["name"] for info in experiment["hparamInfos"]} == {"optim.lr", "optim.betas", "sae"}

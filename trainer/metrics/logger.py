@@ -144,6 +144,8 @@ class MetricsLogger:
             self._events = JsonLines(run_dir / "events.jsonl")
             if config.tensorboard:
                 self._tensorboard = TensorBoard(run_dir / "tb", resume_step + 1)
+                if resume_step == 0:
+                    self._tensorboard.layout()
 
     def rewind(self, step: int) -> None:
         """Drop the records of later steps: training goes back to ``step`` in this process."""

@@ -29,6 +29,29 @@ _GROUPS = (
     ("val_", "validation/"),
 )
 
+_LAYOUT: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "Loss": {
+            "next token": (r"loss/ntp$", r"validation/loss_ntp$"),
+            "concepts": (r"loss/concept$", r"validation/loss_concept$"),
+            "perplexity": (r"^perplexity$", r"validation/perplexity$"),
+        },
+        "Concepts": {
+            "recall": (r"concepts/recall_at_A$", r"validation/concept_recall_at_A$"),
+            "share of the dictionary": (r"concepts/share_targeted$", r"concepts/share_used$"),
+            "mean rank": (r"concepts/mean_rank$",),
+        },
+        "Throughput": {
+            "tokens per second": (r"throughput/tokens_per_s$",),
+            "model FLOPs utilisation": (r"throughput/mfu$",),
+            "seconds waiting for data": (r"throughput/data_wait_s$",),
+        },
+        "Memory": {"peak bytes": (r"memory/peak_bytes$",)},
+        "Health": {"gradient norm": (r"optim/grad_norm$",), "learning rate": (r"optim/lr$",)},
+    }
+)
+"""Charts by heading: regular expressions of the tags that share one."""
+
 
 def _tag(key: str) -> str:
     """TensorBoard tag of a record's key."""
@@ -115,6 +138,14 @@ class TensorBoard:
                 writer.add_scalar(tag, value, step)
 
         self._write(add)
+
+    def layout(self) -> None:
+        """Arrange the curves of a training run on the custom-scalars page."""
+        charts = {
+            heading: {title: ["Multiline", list(tags)] for title, tags in items.items()}
+            for heading, items in _LAYOUT.items()
+        }
+        self._write(lambda writer: writer.add_custom_scalars(charts))
 
     def flush(self) -> None:
         """Write buffered events."""
