@@ -22,6 +22,8 @@ KEPT = frozenset(
     {
         # A product without a bias (mm) ends a sublayer; recomputation stops before it.
         _ATEN.addmm.default,
+        # A CPU's products. They would run again even at the end: their inputs are asked for afterwards.
+        torch.ops.mkldnn._linear_pointwise.default,
         _ATEN._scaled_dot_product_flash_attention.default,
         _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
         _ATEN._scaled_dot_product_efficient_attention.default,

@@ -235,7 +235,7 @@ PLANTED: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
     "peak: forward: inner width": (memory, "mlp_kept", partial(_scaled, 0.9)),
     "peak: forward: queries": (memory, "attention_kept", partial(_scaled, 0.8)),
     "peak: forward: last block": (memory, "last_attention_kept", partial(_scaled, 0.5)),
-    "peak: forward: chunk": (memory, "_logits", partial(_scaled, 0.9)),
+    "peak: forward: chunk": (memory, "_logits", partial(_scaled, 0.8)),
     "peak: backward: gathered": (memory, "kept_in_backward", partial(_scaled, 0.5)),
     "optimizer: one moment": (memory, "COPIES_OF_ADAM", lambda _: 1),
     "parameters: a bias": (layout, "block_parameters", lambda whole: lambda width: whole(width)[1:]),

@@ -12,6 +12,7 @@ import torch._inductor.compile_fx
 from torch._dynamo.utils import counters
 
 import parallel.titan  # noqa: F401  (both take seconds: imported once, before ranks are forked)
+import trainer.kernels.matmul
 from data.loader import validation_batches
 from parallel.collectives import sum_over_ranks
 from parallel.world import World
@@ -115,6 +116,8 @@ def test_a_compiled_run_equals_the_eager_one(
 @pytest.mark.slow
 def test_generated_kernels_too(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches what only the real backend refuses: one block's shape, with and without gradients."""
+    # Also products of a size for which oneDNN is used on a CPU.
+    monkeypatch.setattr(trainer.kernels.matmul, "_SMALLEST", 0)
     # Otherwise a pool of compiling processes is started, each of which imports torch.
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     changes = {"train__batch_size": 4, "train__microbatch_size": 2, "parallel__recompute": "selective"}

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import parallel.titan  # noqa: F401  (takes seconds: imported once, before ranks are forked)
+import trainer.kernels.matmul
 from launch.planning.measure import Meter
 from parallel.collectives import sum_over_ranks
 from parallel.recompute import recompute
@@ -143,6 +144,24 @@ def test_only_what_is_meant_to_runs_again() -> None:
         assert attentions == 0
         assert backward_work(objective, "selective") == (flops, 0)
         assert backward_work(objective, "full") == (flops + repeated * square, blocks)
+
+
+def test_products_by_onednn_are_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches products that selective repeats where an operation asks for its inputs after it has run."""
+    monkeypatch.setattr(trainer.kernels.matmul, "_SMALLEST", 0)
+    counts, gradients = [], []
+    for how in MODES:
+        model = student("cocomix")
+        recompute(model, model.plan, how)
+        loss = forward(model)
+        with Calls() as calls:
+            loss.backward()  # type: ignore[no-untyped-call]
+        counts.append(calls.count["mkldnn::_linear_pointwise"])
+        gradients.append([_grad(parameter) for parameter in model.parameters()])
+    assert counts[0] == counts[1] > 0
+    assert counts[2] == counts[0] + 3 * 4 + 5  # all products of three blocks and of the last one
+    assert all(map(torch.equal, gradients[1], gradients[0]))
+    assert all(map(torch.equal, gradients[2], gradients[0]))
 
 
 # Microbatches of 2 and 1 rows on each data-parallel rank.

@@ -49,7 +49,9 @@ class HeadGradients:
         if self.hidden is not None:
             self.hidden[rows] = matmul(dlogits, weight)
         if self._need_weight:
-            self.weight = _sum(self.weight, matmul(dlogits.t(), hidden).float())
+            more = matmul(dlogits.t(), hidden)
+            # Added as it is: a copy in fp32 would be as large as the weight once more.
+            self.weight = more.float() if self.weight is None else self.weight.add_(more)
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply all by a scalar."""

@@ -23,6 +23,7 @@ def _by_onednn(rows: Tensor, num_columns: int) -> bool:
         rows.device.type == "cpu"
         and rows.dtype == torch.float32
         and rows.numel() * num_columns >= _SMALLEST
+        and not torch.compiler.is_compiling()  # which has no such operation for weights that change
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
     )
