@@ -108,6 +108,7 @@ class Bench:
             next(parts.loader),
             microbatch_size=config.train.microbatch_size,
             tokens_per_step=config.tokens_per_step,
+            step=0,
             lr=config.optim.lr,
             metrics=self._metrics,
             usage=None,

@@ -88,6 +88,7 @@ def write_random_labels(folder: Path, manifest: Manifest) -> LabelCache:
     """Labels of random ids."""
     settings = LabelSettings(
         data=manifest.sha256,
+        targets="attribution",
         teacher=None,
         sae=None,
         seq_len=SEQ_LEN,

@@ -69,8 +69,8 @@ class Bench:
         self.mesh = build_mesh(config.parallel, world)
         self.engine = _engine(config, self.mesh, self.device)
         extractor = _extractor(config, self.device)
-        weight = config.objective.concept_weight
-        self.on_the_fly, self.cached = CoCoMixLoss(extractor, weight), CoCoMixLoss(None, weight)
+        weighting = (config.objective, config.train.steps)
+        self.on_the_fly, self.cached = CoCoMixLoss(extractor, *weighting), CoCoMixLoss(None, *weighting)
         self.plain = _tokens(config, self.device)
         targets = [pack_ids(extractor(*split_tokens(part))) for part in self._parts(self.plain)]
         self.labelled = self.plain._replace(targets=torch.cat(targets).view(torch.uint16))
@@ -93,6 +93,7 @@ class Bench:
             objective,
             self.mesh,
             batch,
+            step=0,
             microbatch_size=config.train.microbatch_size,
             tokens_per_step=config.tokens_per_step,
             lr=1e-6,

@@ -51,6 +51,8 @@ class LabelSettings:
     num_concepts: int
     """Dictionary size M: ids are below it."""
     sae_layer: int
+    targets: str
+    """Which active latents are targets."""
     attribution: str
     mask_non_positive: bool
     precision: str

@@ -108,16 +108,11 @@ def check_data(config: RunConfig) -> str:
 
 def check_concepts(config: RunConfig) -> str:
     """Teacher and autoencoder are there, or the targets that were stored with them."""
-    if config.objective.name == "cocomix":
-        assert config.concepts is not None
-        if config.concepts.source == "cache":
-            labels = open_labels(config.concepts, config.data, open_source(config.data).manifest)
-            return f"not needed: targets are read from {labels.place}"
-        paths = {"concepts.teacher": config.concepts.teacher, "concepts.sae": config.concepts.sae}
-    elif config.objective.name == "sae":
-        assert config.sae is not None
-        paths = {"sae.teacher": config.sae.teacher}
-    else:
+    if config.reads_labels and config.concepts is not None:
+        labels = open_labels(config.concepts, config.data, open_source(config.data).manifest)
+        return f"not needed: targets are read from {labels.place}"
+    paths = config.frozen_models
+    if not paths:
         raise Skip(f"objective.name={config.objective.name} needs no teacher")
     for key, path in paths.items():
         if not Path(path).exists():
@@ -151,8 +146,7 @@ def num_parameters(config: RunConfig) -> int:
         assert config.sae is not None
         return sae_parameter_count(_teacher_width(Path(config.sae.teacher)), config.sae.num_latents)
     assert config.model is not None
-    concepts = config.concepts if config.objective.name == "cocomix" else None
-    return sum(parameter_count(config.model, concepts).values())
+    return sum(parameter_count(config.model, config.insertion).values())
 
 
 def _teacher_width(path: Path) -> int:

@@ -19,19 +19,22 @@ from parallel.apply import apply_parallel, change_forward, materialize, tensor_g
 from parallel.compile import compile_units
 from parallel.engine import Engine, FsdpEngine
 from parallel.mesh import Mesh, build_mesh, replica_mesh
+from parallel.tensor import TensorGroup
 from parallel.world import World
 from parallel.zero import ZeroEngine
 from trainer.concepts.cache import open_labels
 from trainer.concepts.extractor import TargetExtractor, check_vocabulary, load_teacher, shard_teacher
+from trainer.concepts.sae import TopKSae
 from trainer.concepts.sae_training import SaeLearner, init_sae_parameter
-from trainer.config import RunConfig
+from trainer.concepts.states import DistributionExtractor, StateExtractor
+from trainer.config import RegressionInsertion, RunConfig
 from trainer.flops import FlopsPerToken, SaeShape, TeacherShape, flops_per_token, sae_flops_per_token
-from trainer.model.cocomix import CoCoMix
 from trainer.model.formats import Layout
 from trainer.model.gpt2 import GPT2
 from trainer.model.init import initial_value
 from trainer.model.padding import PADDING
-from trainer.objective import CoCoMixLoss, NextToken, Objective, SaeLoss
+from trainer.model.student import build_student
+from trainer.objective import CoCoMixLoss, DistillationLoss, NextToken, Objective, RegressionLoss, SaeLoss
 from trainer.optim import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -81,8 +84,8 @@ def build_parts(config: RunConfig, world: World) -> Parts:
 
 def _open_labels(config: RunConfig, manifest: Manifest, world: World) -> LabelCache | None:
     """The stored targets that a run reads, or None where it computes its targets or has none."""
-    concepts = config.concepts
-    if config.objective.name != "cocomix" or concepts is None or concepts.source != "cache":
+    concepts = config.predicted_concepts
+    if concepts is None or not config.reads_labels:
         return None
     labels = open_labels(concepts, config.data, manifest)
     for key, path in (("concepts.teacher", concepts.teacher), ("concepts.sae", concepts.sae)):
@@ -123,44 +126,53 @@ def _build_objective(
     if config.objective.name == "sae":
         return _build_sae(config, world, mesh, manifest)
     assert config.model is not None
-    seq_len = config.data.seq_len
     with torch.device("meta"):
-        student = empty_student(config)
-    if config.objective.name == "ntp":
-        return student, NextToken(), flops_per_token(config.model, None, seq_len)
-    assert config.concepts is not None
-    with torch.device("meta"):
-        student = CoCoMix(config.model, config.concepts)
-    if config.concepts.source == "cache":
-        flops = flops_per_token(config.model, config.concepts, seq_len)
-        return student, CoCoMixLoss(None, config.objective.concept_weight), flops
-    extractor = TargetExtractor.load(
-        config.concepts, world.device, tensor_group(mesh), shard_sae=config.parallel.shard_sae
-    )
-    if config.parallel.compile:
-        compile_units(extractor.teacher, extractor.teacher.plan)
-    if config.parallel.shard_teacher:
-        shard_teacher(extractor.teacher, replica_mesh(mesh, world), backward=True)
-    sizes = extractor.teacher.config
-    check_vocabulary(extractor.teacher, manifest.tokenizer.vocab_size, seq_len, config.concepts.teacher)
+        student = build_student(config.model, config.insertion)
+    objective, teacher, sae = _build_loss(config, world.device, tensor_group(mesh))
+    if teacher is not None:
+        ((key, path), *_) = config.frozen_models.items()
+        check_vocabulary(teacher, manifest.tokenizer.vocab_size, config.data.seq_len, path, key=key)
+        if config.parallel.compile:
+            compile_units(teacher, teacher.plan)
+        if config.parallel.shard_teacher:
+            shard_teacher(teacher, replica_mesh(mesh, world), backward=config.differentiates_teacher)
     flops = flops_per_token(
         config.model,
-        config.concepts,
-        seq_len,
-        TeacherShape(sizes.d_model, sizes.n_layer, sizes.vocab_size),
-        SaeShape(extractor.sae.num_latents, extractor.sae.top_k),
+        config.insertion,
+        config.data.seq_len,
+        None if teacher is None else _shape(teacher),
+        None if sae is None else SaeShape(sae.num_latents, sae.top_k),
+        concept_loss=config.objective.concept_weight > 0,
     )
-    ahead_on = world.device if config.concepts.ahead else None
-    return student, CoCoMixLoss(extractor, config.objective.concept_weight, ahead_on), flops
+    return student, objective, flops
 
 
-def empty_student(config: RunConfig) -> GPT2:
-    """The language model that a run trains, without values, on the default device."""
-    assert config.model is not None
-    if config.objective.name == "ntp":
-        return GPT2(config.model)
-    assert config.concepts is not None
-    return CoCoMix(config.model, config.concepts)
+def _build_loss(
+    config: RunConfig, device: torch.device, tp: TensorGroup
+) -> tuple[Objective, GPT2 | None, TopKSae | None]:
+    """What a language model minimises, with the frozen models that it reads."""
+    objective, concepts, insertion = config.objective, config.concepts, config.insertion
+    if objective.name == "kd":
+        assert config.model is not None
+        assert config.kd is not None
+        distribution = DistributionExtractor.load(config.kd, config.model.vocab_size, device, tp)
+        return DistillationLoss(distribution), distribution.teacher, None
+    if concepts is None or not (config.frozen_models or config.reads_labels):
+        return NextToken(), None, None
+    weighting = (objective, config.train.steps, concepts.every)
+    if config.reads_labels:
+        return CoCoMixLoss(None, *weighting), None, None
+    if isinstance(insertion, RegressionInsertion):
+        states = StateExtractor.load(concepts, device, tp)
+        return RegressionLoss(states, *weighting), states.teacher, None
+    extractor = TargetExtractor.load(concepts, device, tp, shard_sae=config.parallel.shard_sae)
+    ahead_on = device if concepts.ahead else None
+    return CoCoMixLoss(extractor, *weighting, ahead_on=ahead_on), extractor.teacher, extractor.sae
+
+
+def _shape(teacher: GPT2) -> TeacherShape:
+    sizes = teacher.config
+    return TeacherShape(sizes.d_model, sizes.n_layer, sizes.vocab_size)
 
 
 def _build_sae(
@@ -173,12 +185,10 @@ def _build_sae(
         compile_units(teacher, teacher.plan)
     if config.parallel.shard_teacher:
         shard_teacher(teacher, replica_mesh(mesh, world), backward=False)
-    check_vocabulary(teacher, manifest.tokenizer.vocab_size, config.data.seq_len, config.sae.teacher)
-    sizes = teacher.config
-    flops = sae_flops_per_token(
-        config.sae, TeacherShape(sizes.d_model, sizes.n_layer, sizes.vocab_size), config.data.seq_len
-    )
-    learner = SaeLearner(sizes.d_model, config.sae, device="meta")
+    vocab_size, path = manifest.tokenizer.vocab_size, config.sae.teacher
+    check_vocabulary(teacher, vocab_size, config.data.seq_len, path, key="sae.teacher")
+    flops = sae_flops_per_token(config.sae, _shape(teacher), config.data.seq_len)
+    learner = SaeLearner(teacher.config.d_model, config.sae, device="meta")
     objective = SaeLoss(teacher, config.sae.layer, config.tokens_per_step, tensor_group(mesh))
     return learner, objective, flops
 

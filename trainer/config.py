@@ -75,13 +75,21 @@ class ConceptsConfig:
     sae_layer: int
     """Teacher block l after which the residual is read (0-based)."""
     insert_layer: int
-    """Student block i before which concepts are interleaved (0-based)."""
+    """Student block i before which concepts are mixed in (0-based)."""
+    mix: Literal["interleave", "add", "none"] = "interleave"
+    """How they are mixed in: each as a position of its own after its token, added to its token's position,
+    or not at all, so that they are predicted only."""
+    every: int = 1
+    """A concept after every so many tokens; must divide ``data.seq_len``, above 1 ``interleave`` only."""
     num_concepts: int
     """Dictionary size M; must equal the SAE's."""
     top_k: int
     """Concept logits K that the student keeps per token."""
     num_targets: int = 4
     """Targets A per token."""
+    targets: Literal["attribution", "activation", "random"] = "attribution"
+    """Which active latents are targets: those of largest attribution, of largest activation, or any A
+    of them, drawn from the window's tokens alone."""
     attribution: Literal["signed", "abs", "negative"] = "signed"
     """Rank latents by g.W_dec*z as it is (the authors' choice), by its absolute value, or by its negative."""
     mask_non_positive: bool = True
@@ -96,16 +104,80 @@ class ConceptsConfig:
     ranks share: ``parallel.tp=1`` and ``parallel.shard_teacher=false``."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the frozen teacher; the SAE's latents are selected from its residual."""
+    teacher_width: int = 768
+    """Width D_t of the teacher; read by ``objective.regression`` alone, and must be right there."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "num_concepts", "top_k", "num_targets")
+        _at_least(self, 1, "num_concepts", "top_k", "num_targets", "every")
+        _at_least(self, 2, "teacher_width")
         _at_least(self, 0, "sae_layer", "insert_layer")
+        if self.every > 1 and self.mix != "interleave":
+            raise ValueError(f"every={self.every} must be 1 with mix={self.mix}: only interleave leaves out")
+        if self.targets != "attribution" and self.attribution != "signed":
+            raise ValueError(
+                f"attribution={self.attribution} has no meaning with targets={self.targets}, leave it signed"
+            )
         if self.top_k > self.num_concepts:
             raise ValueError(f"top_k={self.top_k} must be at most num_concepts={self.num_concepts}")
         if self.num_targets > self.num_concepts:
             raise ValueError(
                 f"num_targets={self.num_targets} must be at most num_concepts={self.num_concepts}"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegressionInsertion:
+    """What ``objective.regression`` makes of the ``concepts:`` section; no section of its own."""
+
+    insert_layer: int
+    """As ``concepts.insert_layer``."""
+    width: int
+    """Width D_t of the state that is predicted."""
+    distance: Literal["l1", "l2", "cosine"] = "l2"
+    """As ``objective.regression``."""
+    sae_layer: int = 0
+    """As ``concepts.sae_layer``."""
+    mix: Literal["interleave", "add", "none"] = "interleave"
+    """As ``concepts.mix``."""
+    every: int = 1
+    """As ``concepts.every``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PauseConfig:
+    """The ``pause:`` section, of ``objective.name=pause``: one learned vector where concepts would stand."""
+
+    insert_layer: int
+    """Block before which it is interleaved (0-based)."""
+    every: int = 1
+    """Once after every so many tokens; must divide ``data.seq_len``."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "insert_layer")
+        _at_least(self, 1, "every")
+
+
+Insertion = ConceptsConfig | RegressionInsertion | PauseConfig
+"""What a student's residual stream takes up before one of its blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KdConfig:
+    """The ``kd:`` section, of ``objective.name=kd``: a teacher's token distribution (Hinton et al. 2015)."""
+
+    teacher: str
+    """As ``concepts.teacher``; its vocabulary must be the student's."""
+    weight: float = 0.1
+    """Weight of KL(teacher || student) beside the next-token loss."""
+    temperature: float = 1.0
+    """Divides both models' logits in the divergence, which is multiplied by its square."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the frozen teacher."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,10 +210,15 @@ class SaeConfig:
 class ObjectiveConfig:
     """The ``objective:`` section: what is minimised."""
 
-    name: Literal["ntp", "cocomix", "sae"]
-    """``ntp``: next-token prediction; ``cocomix``: concepts added and mixed in; ``sae``: an autoencoder."""
+    name: Literal["ntp", "cocomix", "kd", "pause", "sae"]
+    """``ntp``: next-token prediction; ``cocomix``: concepts predicted and mixed in; ``kd``: next tokens and
+    a teacher's distribution; ``pause``: next tokens, with pauses to think; ``sae``: an autoencoder."""
     concept_weight: float = 0.1
-    """Lambda of the concept loss."""
+    """Lambda of the concept loss; 0 mixes in without predicting, and needs no teacher."""
+    concept_weight_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How lambda falls: not at all, or to 0 at the last step."""
+    regression: Literal["none", "l1", "l2", "cosine"] = "none"
+    """Predict the teacher's standardised residual instead of concepts, with this distance as concept loss."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "concept_weight")
@@ -305,6 +382,8 @@ class RunConfig:
     checkpoint: CheckpointConfig
     model: ModelConfig | None = None
     concepts: ConceptsConfig | None = None
+    pause: PauseConfig | None = None
+    kd: KdConfig | None = None
     sae: SaeConfig | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
@@ -312,58 +391,72 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        needed = {"ntp": ("model",), "cocomix": ("model", "concepts"), "sae": ("sae",)}
+        self._check_sections()
+        self._check_objective()
+        self._check_shared_models()
+        if self.model is not None and self.data.seq_len > self.model.n_positions:
+            raise ValueError(
+                f"data.seq_len={self.data.seq_len} must be at most model.n_positions={self.model.n_positions}"
+            )
+        if self.insertion is not None:
+            self._check_insertion("pause" if self.objective.name == "pause" else "concepts", self.insertion)
+
+    def _check_sections(self) -> None:
+        needed = {
+            "ntp": ("model",),
+            "cocomix": ("model", "concepts"),
+            "kd": ("model", "kd"),
+            "pause": ("model", "pause"),
+            "sae": ("sae",),
+        }
         for section in needed[self.objective.name]:
             if getattr(self, section) is None:
                 raise ValueError(
                     f"{section}: section is missing, objective.name={self.objective.name} needs it"
                 )
-        if self.objective.name == "sae" and self.parallel.engine != "fsdp":
+
+    def _check_objective(self) -> None:
+        objective, concepts = self.objective, self.concepts
+        if objective.name == "sae" and self.parallel.engine != "fsdp":
             raise ValueError(
                 f"parallel.engine={self.parallel.engine} does not fit objective.name=sae, which changes "
                 "gradients and weights around each update: use parallel.engine=fsdp"
             )
-        if self.parallel.shard_teacher and self.objective.name == "ntp":
-            raise ValueError(
-                "parallel.shard_teacher=true does not fit objective.name=ntp: there is no teacher"
-            )
-        if self.parallel.shard_sae and self.objective.name != "cocomix":
-            reason = (
-                "parallel.tp splits its dictionary anyway"
-                if self.objective.name == "sae"
-                else "there is none"
-            )
-            raise ValueError(
-                f"parallel.shard_sae=true does not fit objective.name={self.objective.name}: {reason}"
-            )
-        if self.objective.name == "sae" and self.tasks.names:
+        if objective.name == "sae" and self.tasks.names:
             raise ValueError("tasks.names must be empty with objective.name=sae: it trains no language model")
-        if self.objective.name == "sae":
+        if objective.name == "sae":
             for key, neutral in (("recompute", "none"), ("reshard_after_forward", "auto"), ("prefetch", 0)):
-                value = getattr(self.parallel, key)
-                if value != neutral:
+                found = getattr(self.parallel, key)
+                if found != neutral:
                     raise ValueError(
-                        f"parallel.{key}={value} must be {neutral} with objective.name=sae: "
+                        f"parallel.{key}={found} must be {neutral} with objective.name=sae: "
                         "an autoencoder has no blocks"
                     )
-        if self.model is not None and self.data.seq_len > self.model.n_positions:
-            raise ValueError(
-                f"data.seq_len={self.data.seq_len} must be at most model.n_positions={self.model.n_positions}"
-            )
-        if self.objective.name == "cocomix":
-            assert self.model is not None
-            assert self.concepts is not None
-            for key in ("shard_teacher", "shard_sae"):
-                if self.concepts.source == "cache" and getattr(self.parallel, key):
-                    raise ValueError(
-                        f"parallel.{key}=true does not fit concepts.source=cache: neither teacher nor "
-                        "autoencoder is loaded"
-                    )
-            self._check_ahead(self.concepts)
-            if self.concepts.insert_layer >= self.model.n_layer:
+        if concepts is not None and objective.name == "cocomix":
+            self._check_ahead(concepts)
+        ablation = f"objective.regression={objective.regression}"
+        if objective.name != "cocomix":
+            schedule = f"objective.concept_weight_schedule={objective.concept_weight_schedule}"
+            for setting in (ablation, schedule):
+                if not setting.endswith(("=none", "=constant")):
+                    raise ValueError(f"{setting} needs objective.name=cocomix, not {objective.name}")
+            return
+        assert concepts is not None
+        without_loss = "needs objective.concept_weight above 0: without a loss nothing would"
+        if concepts.mix == "none" and objective.concept_weight == 0:
+            raise ValueError(f"concepts.mix=none {without_loss} train the concept head")
+        if objective.regression == "none":
+            return
+        if objective.concept_weight == 0:
+            raise ValueError(f"{ablation} {without_loss} be regressed")
+        for key, value, default in (
+            ("targets", concepts.targets, "attribution"),
+            ("source", concepts.source, "teacher"),
+        ):
+            if value != default:
                 raise ValueError(
-                    f"concepts.insert_layer={self.concepts.insert_layer} must be below "
-                    f"model.n_layer={self.model.n_layer}"
+                    f"{ablation} does not fit concepts.{key}={value}: its target is the teacher's residual "
+                    f"and no concept, leave it at {default}"
                 )
 
     def _check_ahead(self, concepts: ConceptsConfig) -> None:
@@ -384,6 +477,93 @@ class RunConfig:
                 "concepts.ahead=true needs parallel.shard_teacher=false: gathering the teacher's weights "
                 "is an exchange between ranks, which a second stream must not make"
             )
+
+    def _check_shared_models(self) -> None:
+        name = self.objective.name
+        for key in ("shard_teacher", "shard_sae"):
+            if self.reads_labels and getattr(self.parallel, key):
+                raise ValueError(
+                    f"parallel.{key}=true does not fit concepts.source=cache: neither teacher nor "
+                    "autoencoder is loaded"
+                )
+        if self.parallel.shard_teacher and not self.frozen_models:
+            raise ValueError(
+                f"parallel.shard_teacher=true does not fit objective.name={name}: there is no teacher"
+            )
+        if self.parallel.shard_teacher and name == "kd":
+            raise ValueError(
+                "parallel.shard_teacher=true does not fit objective.name=kd: the loss reads the teacher's "
+                "whole head"
+            )
+        if self.parallel.shard_sae and "concepts.sae" not in self.frozen_models:
+            reason = "parallel.tp splits its dictionary anyway" if name == "sae" else "there is none"
+            raise ValueError(f"parallel.shard_sae=true does not fit objective.name={name}: {reason}")
+
+    def _check_insertion(self, section: str, insertion: Insertion) -> None:
+        assert self.model is not None
+        if insertion.insert_layer >= self.model.n_layer:
+            raise ValueError(
+                f"{section}.insert_layer={insertion.insert_layer} must be below "
+                f"model.n_layer={self.model.n_layer}"
+            )
+        shared = insertion.every * self.parallel.tp
+        if insertion.every > 1 and self.data.seq_len % shared:
+            ranks = f" x parallel.tp={self.parallel.tp}" if self.parallel.tp > 1 else ""
+            raise ValueError(
+                f"{section}.every={insertion.every}{ranks} must divide data.seq_len={self.data.seq_len}"
+            )
+
+    @property
+    def insertion(self) -> Insertion | None:
+        """What the student's residual stream takes up; ``None`` where it is a plain GPT-2."""
+        if self.objective.name == "pause":
+            return self.pause
+        if self.objective.name != "cocomix" or self.concepts is None:
+            return None
+        concepts = self.concepts
+        if self.objective.regression == "none":
+            return concepts
+        return RegressionInsertion(
+            insert_layer=concepts.insert_layer,
+            width=concepts.teacher_width,
+            distance=self.objective.regression,
+            sae_layer=concepts.sae_layer,
+            mix=concepts.mix,
+            every=concepts.every,
+        )
+
+    @property
+    def predicted_concepts(self) -> ConceptsConfig | None:
+        """The ``concepts:`` section where the student predicts concepts."""
+        return self.insertion if isinstance(self.insertion, ConceptsConfig) else None
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether concept targets are read with the tokens and not computed."""
+        concepts = self.predicted_concepts
+        return concepts is not None and concepts.source == "cache" and self.objective.concept_weight > 0
+
+    @property
+    def frozen_models(self) -> dict[str, str]:
+        """Paths of the models that the objective reads and does not train, by their keys."""
+        objective, concepts = self.objective, self.concepts
+        if objective.name == "kd" and self.kd is not None:
+            return {"kd.teacher": self.kd.teacher}
+        if objective.name == "sae" and self.sae is not None:
+            return {"sae.teacher": self.sae.teacher}
+        if objective.name != "cocomix" or concepts is None or objective.concept_weight == 0:
+            return {}
+        if objective.regression != "none":
+            return {"concepts.teacher": concepts.teacher}
+        if concepts.source == "cache":
+            return {}
+        return {"concepts.teacher": concepts.teacher, "concepts.sae": concepts.sae}
+
+    @property
+    def differentiates_teacher(self) -> bool:
+        """Whether gradients of a teacher's loss are taken."""
+        concepts = self.predicted_concepts
+        return concepts is not None and concepts.targets == "attribution"
 
     @property
     def tokens_per_step(self) -> int:

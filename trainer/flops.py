@@ -2,8 +2,8 @@
 
 A multiplication of (m, k) by (k, n) counts 2*m*n*k. Only matmuls count, attention's two
 included; norms, softmax, activations, gathers, top-K and the optimizer do not. Figures are per
-token of data, that is per input position: a sequence of T tokens has T of them, and 2T positions
-once concepts are interleaved.
+token of data, that is per input position: a sequence of T tokens has T of them, and T + T/s positions
+once a vector is interleaved after every s-th one (2T with concepts as published).
 
 The algorithm that is counted is the cheapest one known, not the one that happens to run:
 recomputed activations, the scores that a flash backward computes a second time, padded columns
@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from trainer.config import ConceptsConfig, ModelConfig, SaeConfig
+from trainer.config import ConceptsConfig, Insertion, ModelConfig, PauseConfig, RegressionInsertion, SaeConfig
 
 MLP_EXPANSION = 4
 """Width of GPT-2's MLP in units of the model's width."""
@@ -60,6 +60,9 @@ class PartFlops:
 
     def __mul__(self, count: int) -> PartFlops:
         return PartFlops(self.forward * count, self.backward * count)
+
+    def __floordiv__(self, count: int) -> PartFlops:
+        return PartFlops(self.forward // count, self.backward // count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,21 +117,25 @@ def _block(d_model: int, seq_len: int, *, causal: bool) -> _Block:
     return _Block(linear, 4 * d_model * pairs // seq_len)
 
 
-def _interleaved_block(d_model: int, seq_len: int, *, causal: bool) -> _Block:
-    """A block over the 2T positions h_1, q_1, h_2, q_2, ...: two positions per token of data."""
-    linear, attention = _block(d_model, 2 * seq_len, causal=causal)
-    return _Block(2 * linear, 2 * attention)
+def _interleaved_block(d_model: int, seq_len: int, every: int, *, causal: bool) -> _Block:
+    """A block over the T + T/s positions of an interleaved stream, per token of data."""
+    positions = seq_len + seq_len // every
+    linear, attention = _block(d_model, positions, causal=causal)
+    return _Block(linear * positions // seq_len, attention * positions // seq_len)
 
 
-def _concept_positions_block(d_model: int, seq_len: int, *, causal: bool) -> _Block:
-    """The last interleaved block where only concept positions are read afterwards.
+def _read_positions_block(d_model: int, seq_len: int, every: int, *, causal: bool) -> _Block:
+    """The last interleaved block where only one position per token is read afterwards.
 
-    Keys and values are needed at 2T positions; queries, projection and MLP at T. The concept of
-    token t (0-based) stands at position 2t + 1 and sees 2t + 2 keys, T + 1 on average.
+    Keys and values are needed at T + T/s positions; queries, projection and MLP at T. Token t (0-based) is
+    read at position t + (t + 1) // s and sees one key more; s = 1 is T + 1 on average.
     """
-    keys_values = 2 * 2 * 2 * d_model**2
+    vectors = seq_len // every
+    positions = seq_len + vectors
+    keys_values = 2 * 2 * d_model**2 * positions // seq_len
     the_rest = 2 * (2 + 2 * MLP_EXPANSION) * d_model**2
-    pairs = seq_len * (seq_len + 1) if causal else 2 * seq_len**2
+    seen = seq_len * (seq_len + 1) // 2 + every * (vectors * (vectors - 1) // 2) + vectors
+    pairs = seen if causal else positions * seq_len
     return _Block(keys_values + the_rest, 4 * d_model * pairs // seq_len)
 
 
@@ -139,13 +146,14 @@ def _matmul(rows: int, columns: int, *, backward_products: int) -> PartFlops:
 
 
 def _trunk(
-    model: ModelConfig, insert_layer: int | None, seq_len: int, *, causal: bool, prune_last_block: bool
+    model: ModelConfig, insertion: Insertion | None, seq_len: int, *, causal: bool, prune_last_block: bool
 ) -> dict[str, PartFlops]:
     plain = _block(model.d_model, seq_len, causal=causal).trained
-    if insert_layer is None:
+    if insertion is None or not _interleaves(insertion):
         return {"embeddings": PartFlops(), "blocks": plain * model.n_layer}
-    interleaved = _interleaved_block(model.d_model, seq_len, causal=causal).trained
-    pruned = _concept_positions_block(model.d_model, seq_len, causal=causal).trained
+    insert_layer = insertion.insert_layer
+    interleaved = _interleaved_block(model.d_model, seq_len, insertion.every, causal=causal).trained
+    pruned = _read_positions_block(model.d_model, seq_len, insertion.every, causal=causal).trained
     last = pruned if prune_last_block else interleaved
     return {
         "embeddings": PartFlops(),
@@ -154,65 +162,103 @@ def _trunk(
     }
 
 
+def _interleaves(insertion: Insertion) -> bool:
+    return isinstance(insertion, PauseConfig) or insertion.mix == "interleave"
+
+
+def _insertion(model: ModelConfig, insertion: Insertion | None, *, has_loss: bool) -> dict[str, PartFlops]:
+    """What makes the vectors, per token of data: one of ``every`` tokens has one."""
+    if insertion is None or isinstance(insertion, PauseConfig):
+        return {}
+    mixes = insertion.mix != "none"
+    if isinstance(insertion, RegressionInsertion):
+        product = _matmul(insertion.width, model.d_model, backward_products=2)
+        parts = {"state_head": product} | ({"state_compress": product} if mixes else {})
+    else:
+        kept = _matmul(insertion.top_k, model.d_model, backward_products=2)
+        head = _matmul(insertion.num_concepts, model.d_model, backward_products=2 if has_loss else 0)
+        # Without a loss gradients arrive through the kept logits alone.
+        parts = {"concept_head": head if has_loss else head + PartFlops(0, kept.backward)}
+        parts |= {"compress": kept} if mixes else {}
+    return {name: part // insertion.every for name, part in parts.items()}
+
+
 def _check_layer(key: str, layer: int, teacher: TeacherShape) -> None:
     if not 0 <= layer < teacher.n_layer:
         raise ValueError(f"{key}={layer} must be from 0 to {teacher.n_layer - 1}, the teacher's last block")
 
 
-def _teacher(teacher: TeacherShape, sae_layer: int, seq_len: int, *, causal: bool) -> dict[str, PartFlops]:
-    """Forward everywhere, backward from the loss to the residual after block ``sae_layer`` only."""
-    _check_layer("concepts.sae_layer", sae_layer, teacher)
+def _frozen(
+    insertion: Insertion | None,
+    seq_len: int,
+    teacher: TeacherShape,
+    sae: SaeShape | None,
+    *,
+    causal: bool,
+) -> dict[str, PartFlops]:
+    """What the frozen models compute; the teacher runs no further than somebody reads."""
     block = _block(teacher.d_model, seq_len, causal=causal)
-    above = teacher.n_layer - 1 - sae_layer
-    return {
-        "teacher_blocks": block.forward_only * (sae_layer + 1) + block.activation_gradient_only * above,
-        "teacher_head": _matmul(teacher.vocab_size, teacher.d_model, backward_products=1),
-    }
+    head = _matmul(teacher.vocab_size, teacher.d_model, backward_products=1)
+    if insertion is None or isinstance(insertion, PauseConfig):
+        blocks = block.forward_only * teacher.n_layer
+        return {"teacher_blocks": blocks, "teacher_head": PartFlops(head.forward)}
+    layer = insertion.sae_layer
+    _check_layer("concepts.sae_layer", layer, teacher)
+    parts = {"teacher_blocks": block.forward_only * (layer + 1)}
+    if isinstance(insertion, ConceptsConfig) and insertion.targets == "attribution":
+        above = block.activation_gradient_only * (teacher.n_layer - 1 - layer)
+        parts = {"teacher_blocks": parts["teacher_blocks"] + above, "teacher_head": head}
+    if sae is not None:
+        encoder = _matmul(sae.num_latents, teacher.d_model, backward_products=0)
+        parts["sae_encoder"] = encoder // insertion.every
+    if sae is not None and "teacher_head" in parts:
+        dots = _matmul(sae.top_k, teacher.d_model, backward_products=0)
+        parts["attribution"] = dots // insertion.every
+    return parts
 
 
 def flops_per_token(
     model: ModelConfig,
-    concepts: ConceptsConfig | None,
+    insertion: Insertion | None,
     seq_len: int,
     teacher: TeacherShape | tuple[int, int, int] | None = None,
     sae: SaeShape | tuple[int, int] | None = None,
     *,
     causal: bool = True,
     prune_last_block: bool = True,
+    concept_loss: bool = True,
 ) -> FlopsPerToken:
     """FLOPs per token of one training step of the student and, on the fly, of its targets.
 
     Args:
         model: the student's trunk.
-        concepts: the concept path, or None for next-token prediction alone.
+        insertion: what its stream takes up, or None for a plain GPT-2.
         seq_len: tokens T of a sequence.
-        teacher: (D_t, blocks, vocabulary) of the teacher, or None where targets are read and not computed.
-        sae: (M, K) of the autoencoder; given exactly when ``teacher`` is.
+        teacher: (D_t, blocks, vocabulary) of the teacher, or None where nothing is computed with one. With
+            no insertion it is a distillation's, which runs forward up to its head.
+        sae: (M, K) of the autoencoder; given exactly when ``teacher`` is and concepts are inserted.
         causal: count a query's visible keys only; see the module's text.
-        prune_last_block: the last block computes queries and MLP at concept positions only. That is what
+        prune_last_block: the last block computes queries and MLP only where something is read. That is what
             the loss needs, so the MFU keeps True whatever the model does.
+        concept_loss: whether concepts are predicted towards targets.
 
     Returns:
         Parts ``embeddings`` (0: a gather), ``blocks`` or ``blocks_below_insertion`` and
-        ``blocks_above_insertion``, ``concept_head`` (W_pred), ``compress`` (W_comp on K values), ``lm_head``,
-        ``teacher_blocks``, ``teacher_head``, ``sae_encoder``, ``attribution`` (g . W_dec on K latents).
+        ``blocks_above_insertion``, ``concept_head`` (W_pred) or ``state_head``, ``compress`` (W_comp on K
+        values) or ``state_compress``, ``lm_head``, ``teacher_blocks``, ``teacher_head``, ``sae_encoder``,
+        ``attribution`` (g . W_dec on K latents).
 
     Raises:
         ValueError: ``teacher`` without ``sae`` or the reverse, or ``concepts.sae_layer`` outside the teacher.
     """
-    if (teacher is None) != (sae is None):
+    if isinstance(insertion, ConceptsConfig) and (teacher is None) != (sae is None):
         raise ValueError(f"teacher={teacher} and sae={sae} must be given together or not at all")
-    insert_layer = None if concepts is None else concepts.insert_layer
-    parts = _trunk(model, insert_layer, seq_len, causal=causal, prune_last_block=prune_last_block)
-    if concepts is not None:
-        parts["concept_head"] = _matmul(concepts.num_concepts, model.d_model, backward_products=2)
-        parts["compress"] = _matmul(concepts.top_k, model.d_model, backward_products=2)
+    parts = _trunk(model, insertion, seq_len, causal=causal, prune_last_block=prune_last_block)
+    parts |= _insertion(model, insertion, has_loss=concept_loss)
     parts["lm_head"] = _matmul(model.vocab_size, model.d_model, backward_products=2)
-    if concepts is not None and teacher is not None and sae is not None:
-        teacher, sae = TeacherShape(*teacher), SaeShape(*sae)
-        parts |= _teacher(teacher, concepts.sae_layer, seq_len, causal=causal)
-        parts["sae_encoder"] = _matmul(sae.num_latents, teacher.d_model, backward_products=0)
-        parts["attribution"] = _matmul(sae.top_k, teacher.d_model, backward_products=0)
+    if teacher is not None:
+        sae = None if sae is None else SaeShape(*sae)
+        parts |= _frozen(insertion, seq_len, TeacherShape(*teacher), sae, causal=causal)
     return FlopsPerToken(parts)
 
 
@@ -246,12 +292,13 @@ def sae_flops_per_token(
     return FlopsPerToken(parts)
 
 
-def parameter_count(model: ModelConfig, concepts: ConceptsConfig | None) -> dict[str, int]:
+def parameter_count(model: ModelConfig, insertion: Insertion | None) -> dict[str, int]:
     """Weights of the student by part; a tied LM head counts under ``token_embedding`` alone.
 
     Returns:
         ``token_embedding``, ``position_embedding``, ``blocks``, ``final_norm``, ``lm_head`` (0 when tied)
-        and, with concepts, ``concept_head``, ``compress``, ``concept_pre_bias``.
+        and what is inserted: ``concept_head``, ``compress``, ``concept_pre_bias``; ``state_head``,
+        ``state_compress``, ``concept_pre_bias``; or ``pause``.
     """
     width = model.d_model
     linears = (4 + 2 * MLP_EXPANSION) * width**2 + (3 + 1 + MLP_EXPANSION + 1) * width
@@ -263,10 +310,18 @@ def parameter_count(model: ModelConfig, concepts: ConceptsConfig | None) -> dict
         "final_norm": 2 * width,
         "lm_head": 0 if model.tied_head else model.vocab_size * width,
     }
-    if concepts is not None:
-        counts["concept_head"] = concepts.num_concepts * (width + 1)
-        counts["compress"] = (concepts.num_concepts + 1) * width
-        counts["concept_pre_bias"] = width
+    if insertion is None:
+        return counts
+    if isinstance(insertion, PauseConfig):
+        return counts | {"pause": width}
+    if isinstance(insertion, ConceptsConfig):
+        size, head, compress = insertion.num_concepts, "concept_head", "compress"
+    else:
+        size, head, compress = insertion.width, "state_head", "state_compress"
+    counts[head] = size * (width + 1)
+    if insertion.mix != "none":
+        counts[compress] = (size + 1) * width
+    counts["concept_pre_bias"] = width
     return counts
 
 

@@ -86,7 +86,7 @@ class Loop:
         self.agreement = Agreement(parts.world)
         device = parts.world.device
         self.metrics = StepMetrics(parts.objective.means, device)
-        concepts = config.concepts if config.objective.name == "cocomix" else None
+        concepts = config.predicted_concepts
         look_ahead = concepts is not None and concepts.ahead
         self.feed = Feed(parts.loader, device, look_ahead=look_ahead)
         self.usage = None if concepts is None else ConceptUsage(concepts.num_concepts, device)
@@ -142,6 +142,7 @@ class Loop:
             upcoming=self.feed.upcoming(),
             microbatch_size=config.train.microbatch_size,
             tokens_per_step=config.tokens_per_step,
+            step=step - 1,
             lr=lr,
             metrics=self.metrics,
             usage=self.usage,
@@ -152,7 +153,7 @@ class Loop:
             means = self.metrics.reduce(partial(sum_over_ranks, mesh=parts.mesh))
         if logged:
             values = {**means, **self.concept_shares(), "grad_norm": grad_norm}
-            host = {"lr": lr, "data_wait_s": data_wait_s}
+            host = {"lr": lr, "data_wait_s": data_wait_s, **parts.objective.settings(step - 1)}
             self.log.submit(step, step * config.tokens_per_step, values, host)
         loss = means[parts.objective.means[0].name] if self.health.watches_losses else None
         return self.health.submit(step, grad_norm, loss)
@@ -243,6 +244,7 @@ class Loop:
                 batches,
                 config.train.microbatch_size,
                 parts.world.device,
+                step=self.progress.step,
             )
         self.log.validation(self.progress.step, values)
         self.progress.validated_step = self.progress.step

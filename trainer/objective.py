@@ -7,6 +7,7 @@ the number of ranks changes them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -20,18 +21,20 @@ from parallel.tensor import TensorGroup
 from trainer.concepts.ahead import TargetsAhead
 from trainer.concepts.extractor import TargetExtractor, unpack_ids
 from trainer.concepts.sae_training import SaeLearner
+from trainer.concepts.states import DistributionExtractor, StateExtractor
+from trainer.config import ObjectiveConfig
 from trainer.kernels.reference import IGNORED_LABEL, MASKED_TARGET
 from trainer.metrics.sums import Mean
-from trainer.model.gpt2 import GPT2
+from trainer.model.gpt2 import GPT2, ModelOutput
 
 
 class ConceptIds(NamedTuple):
     """Concepts of one microbatch, for counting which are in use."""
 
     targets: Tensor
-    """(b, T, A) int64, ``MASKED_TARGET`` where there is none."""
+    """(b, C, A) int64, ``MASKED_TARGET`` where there is none."""
     kept: Tensor
-    """(b, T, K) int64, what the student mixed in."""
+    """(b, C, K) int64, the concepts with the student's largest logits."""
 
 
 class LossTerms(NamedTuple):
@@ -52,15 +55,20 @@ class Objective(Protocol):
         """Reported metrics, as ratios of summed slots."""
         ...
 
-    def __call__(self, model: nn.Module, batch: Batch, *, detail: bool) -> LossTerms:
+    def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
         """Loss of a microbatch.
 
-        ``detail`` also computes the metrics that cost extra passes over wide tensors.
+        ``step`` is the number of optimizer steps done. ``detail`` also computes the metrics that cost
+        extra passes over wide tensors.
         """
         ...
 
     def prepare(self, batch: Batch | None) -> None:
         """Called with the microbatch behind the next one, if it is known: what needs no weights can begin."""
+        ...
+
+    def settings(self, step: int) -> Mapping[str, float]:
+        """What the objective varies over the run, by name, as it is in the step after ``step`` steps."""
         ...
 
     def before_step(self, model: nn.Module) -> None:
@@ -83,10 +91,14 @@ def split_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 class _NoHooks:
-    """An objective that prepares nothing and changes nothing around the optimizer step."""
+    """An objective that prepares nothing, varies nothing and changes nothing around the optimizer step."""
 
     def prepare(self, batch: Batch | None) -> None:
         """Nothing to do."""
+
+    def settings(self, step: int) -> Mapping[str, float]:
+        """Nothing to report."""
+        return {}
 
     def before_step(self, model: nn.Module) -> None:
         """Nothing to do."""
@@ -96,23 +108,102 @@ class _NoHooks:
 
 
 class NextToken(_NoHooks):
-    """Next-token prediction: the summed cross entropy."""
+    """Next-token prediction: the summed cross entropy, whatever the model mixes into its stream."""
 
     means = (Mean("loss_ntp", "ntp_nats", "tokens"),)
 
-    def __call__(self, model: nn.Module, batch: Batch, *, detail: bool) -> LossTerms:
+    def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
         """See :class:`Objective`."""
         input_ids, labels = split_tokens(batch)
-        loss = model(input_ids, labels).loss_ntp
-        return LossTerms(loss, {"ntp_nats": loss.detach(), "tokens": batch.num_rows * input_ids.shape[1]})
+        out = model(input_ids, labels)
+        loss = out.loss_ntp
+        sums = {"ntp_nats": loss.detach(), "tokens": batch.num_rows * input_ids.shape[1]}
+        if out.concepts is None:
+            return LossTerms(loss, sums)
+        kept = out.concepts.ids
+        return LossTerms(loss, sums, ConceptIds(kept[..., :0], kept))
 
 
-class CoCoMixLoss(_NoHooks):
+class DistillationLoss(_NoHooks):
+    """Next-token loss + weight times KL(teacher || student) on the token distribution.
+
+    Args:
+        extractor: tokens -> the teacher's distribution, with weight and temperature of the divergence.
+    """
+
+    means = (
+        Mean("loss_ntp", "ntp_nats", "tokens"),
+        Mean("loss_kd", "kd_nats", "tokens"),
+        Mean("loss_total", "total_nats", "tokens"),
+    )
+
+    def __init__(self, extractor: DistributionExtractor) -> None:
+        self.extractor = extractor
+
+    def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
+        """See :class:`Objective`."""
+        input_ids, labels = split_tokens(batch)
+        out = model(input_ids, labels, teacher=self.extractor(input_ids)).distilled
+        sums = {
+            "tokens": batch.num_rows * input_ids.shape[1],
+            "ntp_nats": out.cross_entropy,
+            "kd_nats": out.divergence,
+            "total_nats": out.loss.detach(),
+        }
+        return LossTerms(out.loss, sums)
+
+
+def concept_weight(step: int, total_steps: int, config: ObjectiveConfig) -> float:
+    """Lambda in optimizer step ``step`` (0-based) of ``total_steps``; schedules end at 0."""
+    progress = min(step / max(total_steps - 1, 1), 1.0)
+    shares = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }
+    return config.concept_weight * shares[config.concept_weight_schedule]
+
+
+class _ConceptWeighted(_NoHooks):
+    """An objective with a loss of what the student mixes in, weighted by lambda.
+
+    Args:
+        config: lambda and how it falls.
+        total_steps: optimizer steps of the run.
+        every: tokens per mixed-in vector; the loss is a mean over the tokens that have one.
+    """
+
+    def __init__(self, config: ObjectiveConfig, total_steps: int, every: int = 1) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self.every = every
+
+    def settings(self, step: int) -> Mapping[str, float]:
+        """Lambda, which is 0 or more and never waits for the device."""
+        return {"concept_weight": concept_weight(step, self.total_steps, self.config)}
+
+    def _weighted(
+        self, out: ModelOutput, batch: Batch, step: int
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The total loss, and the sums that every such objective reports."""
+        assert out.loss_ntp is not None
+        assert out.loss_concept is not None
+        learned = self.every * out.loss_concept
+        loss = out.loss_ntp + self.settings(step)["concept_weight"] * learned
+        return loss, {
+            "tokens": batch.num_rows * (batch.tokens.shape[1] - 1),
+            "ntp_nats": out.loss_ntp.detach(),
+            "concept_nats": learned.detach(),
+            "total_nats": loss.detach(),
+        }
+
+
+class CoCoMixLoss(_ConceptWeighted):
     """Next-token loss + lambda times the concept loss (CoCoMix, arXiv 2502.08524, equation 5).
 
     Args:
         extractor: tokens -> concept targets; ``None`` where the batches bring them.
-        concept_weight: lambda.
+        config, total_steps, every: as above.
         ahead_on: device on which targets are computed a microbatch ahead; ``None`` for when they are used.
     """
 
@@ -128,20 +219,23 @@ class CoCoMixLoss(_NoHooks):
     def __init__(
         self,
         extractor: TargetExtractor | None,
-        concept_weight: float,
+        config: ObjectiveConfig,
+        total_steps: int,
+        every: int = 1,
+        *,
         ahead_on: torch.device | None = None,
     ) -> None:
+        super().__init__(config, total_steps, every)
         self.extractor = extractor
-        self.concept_weight = concept_weight
         self.ahead = None if ahead_on is None else TargetsAhead(self.targets, ahead_on)
 
     def targets(self, batch: Batch) -> Tensor:
-        """Targets (b, T, A) int64; ``MASKED_TARGET`` where there is none, and in rows that do not count."""
+        """Concept targets (b, C, A) int64, ``MASKED_TARGET`` in rows that do not count."""
         if self.extractor is not None:
             targets = self.extractor(*split_tokens(batch))
         else:
             assert batch.targets is not None, "without an extractor the loader reads stored targets"
-            targets = unpack_ids(batch.targets)
+            targets = unpack_ids(batch.targets[:, self.every - 1 :: self.every])
         targets[batch.num_rows :] = MASKED_TARGET
         return targets
 
@@ -150,23 +244,42 @@ class CoCoMixLoss(_NoHooks):
         if self.ahead is not None and batch is not None:
             self.ahead.start(batch)
 
-    def __call__(self, model: nn.Module, batch: Batch, *, detail: bool) -> LossTerms:
+    def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
         """See :class:`Objective`; ``detail`` ranks the targets among all concepts."""
         input_ids, labels = split_tokens(batch)
         targets = self.targets(batch) if self.ahead is None else self.ahead.take(batch)
         out = model(input_ids, labels, targets, with_ranks=detail)
-        loss = out.loss_ntp + self.concept_weight * out.loss_concept
+        loss, sums = self._weighted(out, batch, step)
         counts = out.concepts
-        sums = {
-            "tokens": batch.num_rows * input_ids.shape[1],
-            "ntp_nats": out.loss_ntp.detach(),
-            "concept_nats": out.loss_concept.detach(),
-            "total_nats": loss.detach(),
-            "targets": counts.num_targets,
-            "recalled": counts.num_recalled,
-            "ranks": counts.rank_sum,
-        }
+        sums |= {"targets": counts.num_targets, "recalled": counts.num_recalled, "ranks": counts.rank_sum}
         return LossTerms(loss, sums, ConceptIds(targets, counts.ids))
+
+
+class RegressionLoss(_ConceptWeighted):
+    """Next-token loss + lambda times the distance to the teacher's standardised residual.
+
+    Args:
+        extractor: tokens -> residuals.
+        config, total_steps, every: as above.
+    """
+
+    means = (
+        Mean("loss_ntp", "ntp_nats", "tokens"),
+        Mean("loss_concept", "concept_nats", "tokens"),
+        Mean("loss_total", "total_nats", "tokens"),
+    )
+
+    def __init__(
+        self, extractor: StateExtractor, config: ObjectiveConfig, total_steps: int, every: int = 1
+    ) -> None:
+        super().__init__(config, total_steps, every)
+        self.extractor = extractor
+
+    def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
+        """See :class:`Objective`."""
+        input_ids, labels = split_tokens(batch)
+        states = self.extractor(input_ids)[: batch.num_rows]
+        return LossTerms(*self._weighted(model(input_ids, labels, states), batch, step))
 
 
 class SaeLoss:
@@ -195,7 +308,7 @@ class SaeLoss:
         self.layer = layer
         self.tokens_per_step = tokens_per_step
 
-    def __call__(self, model: nn.Module, batch: Batch, *, detail: bool) -> LossTerms:
+    def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
         """See :class:`Objective`."""
         assert isinstance(model, SaeLearner)
         with torch.no_grad():
@@ -213,6 +326,10 @@ class SaeLoss:
 
     def prepare(self, batch: Batch | None) -> None:
         """Nothing to do."""
+
+    def settings(self, step: int) -> Mapping[str, float]:
+        """Nothing to report."""
+        return {}
 
     def before_step(self, model: nn.Module) -> None:
         """Take the gradient along the unit decoder rows out, before it enters Adam's moments."""

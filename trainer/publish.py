@@ -32,6 +32,5 @@ def publish(config: RunConfig, engine: Engine, *, is_main: bool) -> Path:
         save_sae(path, engine.model.to_sae(state))
     else:
         assert config.model is not None
-        concepts = config.concepts if config.objective.name == "cocomix" else None
-        save_model(path.parent, state, config.model, concepts)
+        save_model(path.parent, state, config.model, config.insertion)
     return path

@@ -26,6 +26,7 @@ def train_step(
     upcoming: Batch | None = None,
     microbatch_size: int,
     tokens_per_step: int,
+    step: int,
     lr: float,
     metrics: StepMetrics,
     usage: ConceptUsage | None,
@@ -39,6 +40,7 @@ def train_step(
         microbatch_size: rows per forward and backward.
         tokens_per_step: tokens of the global batch; every loss is divided by it, so that gradients
             are sums over microbatches and ranks.
+        step: optimizer steps done before this one.
         lr: learning rate of this step.
         metrics: starts anew and receives the sums of all microbatches.
         usage: marks the concepts in use, if given.
@@ -53,7 +55,7 @@ def train_step(
     following = [*microbatches[1:], *behind[:1], None]
     for index, microbatch in enumerate(microbatches):
         objective.prepare(following[index])
-        terms = objective(engine.model, microbatch, detail=detail)
+        terms = objective(engine.model, microbatch, step=step, detail=detail)
         engine.backward(terms.loss / tokens_per_step, last_microbatch=index == len(microbatches) - 1)
         metrics.add(**terms.sums)
         if usage is not None and terms.concepts is not None:
@@ -73,6 +75,8 @@ def validate(
     batches: Iterable[Batch],
     microbatch_size: int,
     device: torch.device,
+    *,
+    step: int,
 ) -> dict[str, float]:
     """Means over validation windows in eval mode, the same on all ranks.
 
@@ -80,12 +84,13 @@ def validate(
         batches: the same number on every rank.
         microbatch_size: rows per forward.
         device: where the model computes.
+        step: optimizer steps done.
     """
     metrics = StepMetrics(objective.means, device)
     engine.model.eval()
     for batch in batches:
         for microbatch in batch.to(device).microbatches(microbatch_size):
-            metrics.add(**objective(engine.model, microbatch, detail=True).sums)
+            metrics.add(**objective(engine.model, microbatch, step=step, detail=True).sums)
     engine.model.train()
     means = metrics.reduce(partial(sum_over_ranks, mesh=mesh))
     return {name: value.item() for name, value in means.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from unittest import mock
 
@@ -40,7 +40,11 @@ class Observer:
         """Those of the run's objective."""
         return self._inner.means
 
-    def __call__(self, model: nn.Module, batch: Batch, *, detail: bool) -> LossTerms:
+    def settings(self, step: int) -> Mapping[str, float]:
+        """Those of the run's objective."""
+        return self._inner.settings(step)
+
+    def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
         """See :class:`trainer.objective.Objective`."""
         if model.training:
             if not self._in_step:
@@ -48,7 +52,7 @@ class Observer:
                 self.steps += 1
                 self.on_start()
             self.on_tokens(batch.tokens)
-        terms = self._inner(model, batch, detail=detail)
+        terms = self._inner(model, batch, step=step, detail=detail)
         return self.disturb(terms) if model.training else terms
 
     def prepare(self, batch: Batch | None) -> None:

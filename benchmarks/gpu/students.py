@@ -98,6 +98,7 @@ class Student:
             self.objective,
             self.mesh,
             batch,
+            step=0,
             microbatch_size=microbatch_size,
             tokens_per_step=batch.num_rows * self.config.data.seq_len,
             lr=self.config.optim.lr,
@@ -181,4 +182,4 @@ def _objective(
     precision = torch.bfloat16 if concepts.precision == "bf16" else torch.float32
     extractor = TargetExtractor(frozen.to(precision), sae, concepts)
     ahead_on = device if concepts.ahead else None
-    return CoCoMixLoss(extractor, config.objective.concept_weight, ahead_on)
+    return CoCoMixLoss(extractor, config.objective, config.train.steps, ahead_on=ahead_on)

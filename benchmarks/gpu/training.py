@@ -115,7 +115,7 @@ def parts(student: Student, rows: int, repeats: int = 5) -> dict[str, float]:
         if isinstance(objective, CoCoMixLoss):
             objective.targets(batch)
         watch.mark()
-        terms = objective(engine.model, batch, detail=False)
+        terms = objective(engine.model, batch, step=0, detail=False)
         watch.mark()
         engine.backward(terms.loss / (rows * student.config.data.seq_len), last_microbatch=True)
         watch.mark()

@@ -159,6 +159,24 @@ def concepts_of(config: RunConfig) -> ConceptsConfig | None:
     return config.concepts if config.objective.name == "cocomix" else None
 
 
+def _check_ablations(config: RunConfig) -> None:
+    """The formulas know the method and its baseline, not each variant of it."""
+    if config.objective.name != "cocomix":
+        return
+    if config.objective.concept_weight == 0:
+        raise ValueError("objective.concept_weight=0 cannot be planned, only above 0 can")
+    for key, planned in (
+        ("concepts.mix", "interleave"),
+        ("concepts.every", 1),
+        ("concepts.targets", "attribution"),
+        ("objective.regression", "none"),
+    ):
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value != planned:
+            raise ValueError(f"{key}={value} cannot be planned, only {planned} can")
+
+
 def lay_out(config: RunConfig, cluster: Cluster) -> Layout:
     """Place a run on a cluster.
 
@@ -167,10 +185,11 @@ def lay_out(config: RunConfig, cluster: Cluster) -> Layout:
             number of GPUs, a batch that the ranks do not divide, sizes that ``parallel.tp`` does not divide.
             Also an objective or an engine that no plan exists for.
     """
-    if config.objective.name == "sae" or config.model is None:
+    if config.objective.name not in ("ntp", "cocomix") or config.model is None:
         raise ValueError(
             f"objective.name={config.objective.name} cannot be planned, only ntp and cocomix can"
         )
+    _check_ablations(config)
     engine: str = config.parallel.engine
     if engine != "fsdp":
         raise ValueError(f"parallel.engine={engine} cannot be planned, only fsdp can")

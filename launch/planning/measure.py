@@ -251,7 +251,7 @@ def _objective(plan: Plan, mesh: Mesh, meter: Meter, frozen: tuple[GPT2, TopKSae
         sae.to_empty(device="cpu")
         extractor = _MeteredExtractor(teacher, sae, plan.concepts, tensor_group(mesh))
         extractor.meter = meter
-    return CoCoMixLoss(extractor, plan.config.objective.concept_weight)
+    return CoCoMixLoss(extractor, plan.config.objective, plan.config.train.steps)
 
 
 def _batch(plan: Plan) -> Batch:
@@ -276,6 +276,7 @@ def _train_one_step(plan: Plan, mesh: Mesh, engine: _Phases, frozen: tuple[GPT2,
         objective,
         mesh,
         _batch(plan),
+        step=0,
         microbatch_size=config.train.microbatch_size,
         tokens_per_step=config.tokens_per_step,
         lr=config.optim.lr,

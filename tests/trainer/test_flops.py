@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import pytest
@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.config import ConceptsConfig, ModelConfig, SaeConfig
+from trainer.config import (
+    ConceptsConfig,
+    Insertion,
+    ModelConfig,
+    PauseConfig,
+    RegressionInsertion,
+    SaeConfig,
+)
+from trainer.config_io import from_dict, to_dict
 from trainer.flops import (
     FlopsPerToken,
     PartFlops,
@@ -57,17 +65,17 @@ class DenseBlock(nn.Module):
         self.out = nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, queries: slice = slice(None)) -> Tensor:
+    def forward(self, x: Tensor, queries: slice | list[int] = slice(None)) -> Tensor:
         """x: (S, D) -> (S', D) at the positions that ``queries`` selects."""
         normed = self.norm_1(x)
         projected = (self.query(normed[queries]), *self.key_value(normed).chunk(2, dim=-1))
         heads = zip(*(h.split(x.shape[-1] // HEADS, dim=-1) for h in projected), strict=True)
-        positions = range(len(x))[queries]
+        positions = range(len(x))[queries] if isinstance(queries, slice) else queries
         mixed = torch.cat([self.attend(q, k, v, positions) for q, k, v in heads], dim=-1)
         x = x[queries] + self.out(mixed)
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm_2(x))))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: range) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Sequence[int]) -> Tensor:
         if self.causal:
             rows = [
                 torch.softmax(row @ key[: p + 1].T, -1) @ value[: p + 1]
@@ -82,7 +90,7 @@ def residual(positions: int, width: int = D) -> Tensor:
     return torch.randn(positions, width, requires_grad=True)
 
 
-def count(forward: Callable[[], Tensor], *, backward: bool = True) -> PartFlops:
+def count(forward: Callable[[], Tensor], *, backward: bool = True, exact: bool = True) -> PartFlops:
     """FLOPs per token of data that torch counts in ``forward`` and in the backward of its sum."""
     with FlopCounterMode(display=False) as ahead:
         output = forward()
@@ -90,7 +98,7 @@ def count(forward: Callable[[], Tensor], *, backward: bool = True) -> PartFlops:
         if backward:
             output.sum().backward()
     per_token = [divmod(counter.get_total_flops(), T) for counter in (ahead, back)]
-    assert [rest for _, rest in per_token] == [0, 0]
+    assert not exact or [rest for _, rest in per_token] == [0, 0]
     return PartFlops(per_token[0][0], per_token[1][0])
 
 
@@ -179,6 +187,92 @@ def test_ntp_and_cached_targets_pay_for_their_parts_only() -> None:
     assert cached.total == cached.forward + cached.backward
 
 
+def varied(**changes: object) -> ConceptsConfig:
+    return from_dict(ConceptsConfig, {**to_dict(concepts_config()), **changes}, "varied")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_vector_after_every_so_many_tokens(every: int, causal: bool) -> None:
+    """A stream that is charged for vectors it has not, or a last block that reads at the wrong places."""
+    stream = [t for token in range(T) for t in ([token] if (token + 1) % every else [token, token])]
+    read = [position for position in range(len(stream)) if stream[position:].count(stream[position]) == 1]
+    block = DenseBlock(D, causal=causal)
+    expected = count(lambda: block(residual(len(stream))), exact=False) * (LAYERS - INSERT - 1)
+    expected = expected + count(lambda: block(residual(len(stream)), read), exact=False)
+    insertions: list[Insertion] = [
+        PauseConfig(insert_layer=INSERT, every=every),
+        RegressionInsertion(insert_layer=INSERT, width=12, every=every),
+        varied(every=every),
+    ]
+    for insertion in insertions:
+        parts = flops_per_token(model_config(), insertion, T, causal=causal).parts
+        above = parts["blocks_above_insertion"]
+        # Both round down to whole FLOPs per token; one key more or less is 4 * D / T.
+        assert above.forward == pytest.approx(expected.forward, abs=LAYERS - INSERT)
+        assert above.backward == pytest.approx(expected.backward, abs=2 * (LAYERS - INSERT))
+        assert parts["blocks_below_insertion"] == count(lambda: block(residual(T))) * INSERT
+
+
+@pytest.mark.parametrize("mix", ["add", "none"])
+def test_what_needs_no_positions_costs_none(mix: str) -> None:
+    """Doubled blocks for vectors that are added, and a compress that nobody reads."""
+    parts = flops_per_token(model_config(), varied(mix=mix), T, TEACHER, SAE).parts
+    assert parts["blocks"] == flops_per_token(model_config(), None, T).parts["blocks"]
+    assert ("compress" in parts) == (mix == "add")
+    assert parts["concept_head"] == student().parts["concept_head"]
+
+
+def test_vectors_are_made_for_their_tokens_only() -> None:
+    """A dictionary read at every token although every second one has a concept; a pause that costs a head."""
+    whole = flops_per_token(model_config(), varied(), T, TEACHER, SAE).parts
+    half = flops_per_token(model_config(), varied(every=2), T, TEACHER, SAE).parts
+    for part in ("concept_head", "compress", "sae_encoder", "attribution"):
+        assert half[part] * 2 == whole[part]
+    assert half["teacher_blocks"] == whole["teacher_blocks"], "every token is read for the loss"
+    paused = flops_per_token(model_config(), PauseConfig(insert_layer=INSERT), T)
+    assert set(paused.parts) == {"embeddings", "blocks_below_insertion", "blocks_above_insertion", "lm_head"}
+    head, back = nn.Linear(D, 12), nn.Linear(12, D)
+    state = flops_per_token(model_config(), RegressionInsertion(insert_layer=INSERT, width=12), T).parts
+    assert state["state_head"] == count(lambda: head(residual(T)))
+    assert state["state_compress"] == count(lambda: back(residual(T, 12)))
+
+
+def test_without_a_loss_the_concept_head_s_gradient_is_sparse() -> None:
+    """A dense backward that the K kept logits do not need."""
+    weight, ids = nn.Parameter(torch.randn(M, D)), torch.randint(M, (T, K))
+    x = residual(T)
+    kept = count(lambda: weight[ids] @ x[:, :, None])
+    parts = flops_per_token(model_config(), varied(), T, concept_loss=False).parts
+    assert parts["concept_head"].backward == kept.backward
+    assert parts["concept_head"].forward == student().parts["concept_head"].forward
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_frozen_models_run_no_further_than_they_are_read(causal: bool) -> None:
+    """A backward for targets that need no gradient, or blocks above the last one that is read."""
+    block = DenseBlock(TEACHER.d_model, causal=causal).requires_grad_(False)
+    head = nn.Linear(TEACHER.d_model, TEACHER.vocab_size, bias=False).requires_grad_(False)
+
+    def forward(width: int = TEACHER.d_model) -> Tensor:
+        return torch.randn(T, width)
+
+    one = count(lambda: block(forward()), backward=False)
+    below = one * (SAE_LAYER + 1)
+    kd = flops_per_token(model_config(), None, T, TEACHER, causal=causal).parts
+    assert kd["teacher_blocks"] == one * TEACHER.n_layer
+    assert kd["teacher_head"] == count(lambda: head(forward()), backward=False)
+    regression = RegressionInsertion(insert_layer=INSERT, width=12, sae_layer=SAE_LAYER)
+    state = flops_per_token(model_config(), regression, T, TEACHER, causal=causal).parts
+    assert state["teacher_blocks"] == below
+    assert not {"teacher_head", "sae_encoder", "attribution"} & set(state)
+    for targets in ("activation", "random"):
+        parts = flops_per_token(model_config(), varied(targets=targets), T, TEACHER, SAE, causal=causal).parts
+        assert parts["teacher_blocks"] == below
+        assert parts["sae_encoder"] == student().parts["sae_encoder"]
+        assert not {"teacher_head", "attribution"} & set(parts)
+
+
 def test_sae_training() -> None:
     """An SAE step that is charged with a dense backward or with teacher blocks above its layer."""
     config = SaeConfig(teacher="", layer=SAE_LAYER, num_latents=M, top_k=K, aux_top_k=2)
@@ -255,6 +349,13 @@ def size_of(*parts: nn.Module | nn.Parameter) -> int:
 
 def test_parameter_count() -> None:
     """A forgotten bias or norm, or a tied head that is counted twice."""
+    inserted = (varied(mix="none"), PauseConfig(insert_layer=1))
+    predicted, paused = (parameter_count(model_config(), insertion) for insertion in inserted)
+    assert "compress" not in predicted
+    assert predicted["concept_head"] == size_of(nn.Linear(D, M))
+    assert paused["pause"] == D
+    state = parameter_count(model_config(), RegressionInsertion(insert_layer=1, width=12))
+    assert state["state_head"] + state["state_compress"] == size_of(nn.Linear(D, 12), nn.Linear(12, D))
     counts = parameter_count(model_config(), concepts_config())
     embedding, positions = nn.Embedding(V, D), nn.Embedding(T, D)
     assert counts["token_embedding"] == size_of(embedding)

@@ -103,8 +103,7 @@ def _read_run(name: str, folder: Path, config: RunConfig) -> Run:
         raise ValueError(f"{folder}: objective.name={config.objective.name} trains no language model")
     path = _existing(folder / "metrics.jsonl")
     curve = read_curve(name, read_json_lines(path), str(path))
-    concepts = config.concepts if config.objective.name == "cocomix" else None
-    parameters = sum(parameter_count(config.model, concepts).values())
+    parameters = sum(parameter_count(config.model, config.insertion).values())
     return Run(curve, parameters, curve.final.flops / curve.final.tokens, config.train.steps)
 
 

@@ -25,7 +25,6 @@ from trainer.analysis.windows import validation_sources, validation_windows
 from trainer.checkpoint.store import CheckpointError
 from trainer.concepts.extractor import TargetExtractor
 from trainer.metrics.tensorboard import TensorBoard
-from trainer.model.cocomix import CoCoMix
 
 
 def evaluate(trained: TrainedModel, args: argparse.Namespace) -> dict[str, ValidationReport]:
@@ -49,10 +48,11 @@ def evaluate(trained: TrainedModel, args: argparse.Namespace) -> dict[str, Valid
 
 def _extractor(trained: TrainedModel, device: torch.device) -> TargetExtractor | None:
     """Names of concepts, where the student predicts any and its teacher is still there."""
-    if not isinstance(trained.model, CoCoMix) or trained.config is None or trained.config.concepts is None:
+    config = trained.config
+    if config is None or config.predicted_concepts is None or config.objective.concept_weight == 0:
         return None
     teacher, sae, _ = open_teacher(trained)
-    return TargetExtractor(teacher.to(device), sae.to(device), trained.config.concepts)
+    return TargetExtractor(teacher.to(device), sae.to(device), config.predicted_concepts)
 
 
 # What is shown

@@ -30,11 +30,14 @@ from trainer.analysis import remote_code
 from trainer.analysis.model_card import model_card
 from trainer.analysis.trained import TrainedModel, open_trained
 from trainer.checkpoint.store import CheckpointError
+from trainer.config import ConceptsConfig
 from trainer.config_io import dump_config
 from trainer.model.authors import authors_settings
 from trainer.model.cocomix import CoCoMix
-from trainer.model.formats import concepts_of, published_config, save_model
+from trainer.model.description import describe
+from trainer.model.formats import published_config, save_model
 from trainer.model.gpt2 import GPT2
+from trainer.model.student import insertion_of
 
 ExportFormat = Literal["hf", "authors"]
 
@@ -58,16 +61,21 @@ def export(trained: TrainedModel, out: Path, layout: ExportFormat) -> None:
 
 
 def _check_kind(model: GPT2) -> None:
-    if type(model) not in (GPT2, CoCoMix):
+    insertion = insertion_of(model)
+    known = type(model) in (GPT2, CoCoMix)
+    if isinstance(insertion, ConceptsConfig):
+        known = known and insertion.mix == "interleave" and insertion.every == 1
+    if not known:
+        kind = type(model).__name__ if insertion is None else " ".join(map(str, describe(insertion)))
         raise ValueError(
-            f"a {type(model).__name__} cannot be exported: other programs know GPT-2 and CoCoMix with "
-            "interleaved concepts"
+            f"{kind} cannot be exported: other programs know GPT-2 and CoCoMix with a concept interleaved "
+            "after every token"
         )
 
 
 def _fill(folder: Path, trained: TrainedModel, name: str, layout: ExportFormat) -> None:
     model = trained.model
-    save_model(folder, model.state_dict(), model.config, concepts_of(model))
+    save_model(folder, model.state_dict(), model.config, insertion_of(model))
     _write_json(folder / "config.json", export_config(model, trained.tokenizer, layout))
     _write_tokenizer(folder, trained.tokenizer, model.config.n_positions)
     if isinstance(model, CoCoMix):
@@ -80,7 +88,7 @@ def _fill(folder: Path, trained: TrainedModel, name: str, layout: ExportFormat) 
 
 def export_config(model: GPT2, tokenizer: Tokenizer, layout: ExportFormat) -> dict[str, Any]:
     """config.json: what this project reads, and what the format's reader wants beside it."""
-    config = published_config(model.config, concepts_of(model))
+    config = published_config(model.config, insertion_of(model))
     config |= {"dtype": "float32", "use_cache": True} | _special_ids(tokenizer)
     if not isinstance(model, CoCoMix):
         return config
@@ -120,8 +128,8 @@ def _write_concepts(folder: Path, model: CoCoMix, layout: ExportFormat) -> None:
         code = resources.files(remote_code).joinpath(f"{REMOTE_CODE}.py").read_bytes()
         (folder / f"{REMOTE_CODE}.py").write_bytes(code)
     else:
-        concepts = concepts_of(model)
-        assert concepts is not None
+        concepts = insertion_of(model)
+        assert isinstance(concepts, ConceptsConfig)
         settings = yaml.safe_dump(authors_settings(concepts), sort_keys=False)
         (folder / "config.yaml").write_text(settings, encoding="utf-8")
 

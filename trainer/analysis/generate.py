@@ -106,7 +106,11 @@ def student_writer(
     if not requests:
         return Writer(model, trained.tokenizer, [{}])
     if not isinstance(model, CoCoMix):
-        raise ValueError(f"--steer needs a model with concepts, {trained.path} holds a plain GPT-2")
+        raise ValueError(
+            f"--steer needs a model with concepts, {trained.path} holds a {type(model).__name__}"
+        )
+    if not model.mixer.mixes:
+        raise ValueError(f"--steer needs concepts that are mixed in, {trained.path} predicts them only")
     check_concepts(requests, model.mixer.num_concepts)
     strengths = combinations(requests)
     rows = strengths * len(args.prompt)

@@ -78,7 +78,9 @@ def open_subject(args: argparse.Namespace) -> Subject:
     """
     trained = open_trained(args.run, args.tokenizer)
     if not isinstance(trained.model, CoCoMix):
-        raise ValueError(f"{args.run}: holds a plain GPT-2, which has no concepts to inspect")
+        raise ValueError(f"{args.run}: its model predicts no concepts, so there is nothing to inspect")
+    if trained.model.mixing.every > 1:
+        raise ValueError(f"{args.run}: concepts.every={trained.model.mixing.every} must be 1 to be inspected")
     device = choose_device(args.device)
     model = trained.model.to(device)
     extractor = None

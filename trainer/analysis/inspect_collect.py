@@ -177,7 +177,7 @@ def _add_agreement(found: ConceptStatistics, targets: Tensor, kept: Tensor) -> N
 def kept_concepts(model: CoCoMix, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Concept logits that a student mixes in, largest first, and their ids; both (B, T, K)."""
     h = model.run_blocks(model.embed(input_ids), 0, model.insert_layer)
-    _, head = model.insert(h)
+    _, head = model.mixer(h, None)
     return head.values.view(*input_ids.shape, -1), head.ids.view(*input_ids.shape, -1)
 
 

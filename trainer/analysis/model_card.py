@@ -11,16 +11,17 @@ from data.manifest import DataError
 from data.source import open_manifest
 from trainer.analysis.curves import LOSS_KEY
 from trainer.analysis.trained import TrainedModel
-from trainer.config import RunConfig
+from trainer.config import ConceptsConfig, RunConfig
 from trainer.flops import parameter_count
 from trainer.metrics.json_lines import read_json_lines
 from trainer.model.cocomix import CoCoMix
-from trainer.model.formats import concepts_of
+from trainer.model.student import insertion_of
 
 Row = tuple[str, object]
 
 _KINDS = {
     "ntp": "A GPT-2 trained with next-token prediction.",
+    "kd": "A GPT-2 trained with next-token prediction and towards a teacher's token distribution.",
     "cocomix": "A GPT-2 trained with continuous concepts (CoCoMix, "
     "[arXiv 2502.08524](https://arxiv.org/abs/2502.08524)): it predicts concepts of a sparse autoencoder and "
     "mixes them into its hidden states, one more position after every token.",
@@ -40,7 +41,7 @@ def model_card(trained: TrainedModel, name: str, layout: str) -> str:
     parts = [
         _front_matter(tags),
         f"# {name}",
-        _KINDS["cocomix" if is_cocomix else "ntp"],
+        _kind(trained),
         _usage(name, layout, is_cocomix=is_cocomix),
         "## Model",
         _table(_model_rows(trained)),
@@ -52,6 +53,13 @@ def model_card(trained: TrainedModel, name: str, layout: str) -> str:
     else:
         parts.append(f"Written from `{trained.path}`, which holds no record of the training.")
     return "\n\n".join(parts) + "\n"
+
+
+def _kind(trained: TrainedModel) -> str:
+    if isinstance(trained.model, CoCoMix):
+        return _KINDS["cocomix"]
+    is_distilled = trained.config is not None and trained.config.objective.name == "kd"
+    return _KINDS["kd" if is_distilled else "ntp"]
 
 
 def _front_matter(tags: Sequence[str]) -> str:
@@ -78,18 +86,18 @@ def _usage(name: str, layout: str, *, is_cocomix: bool) -> str:
 
 
 def _model_rows(trained: TrainedModel) -> list[Row]:
-    config, concepts = trained.model.config, concepts_of(trained.model)
-    counts = parameter_count(config, concepts)
+    config, insertion = trained.model.config, insertion_of(trained.model)
+    counts = parameter_count(config, insertion)
     rows: list[Row] = [
         ("parameters", f"{sum(counts.values()):,}"),
         ("width, blocks, heads", f"{config.d_model}, {config.n_layer}, {config.n_head}"),
         ("vocabulary", config.vocab_size),
         ("positions", config.n_positions),
     ]
-    if concepts is not None:
+    if isinstance(insertion, ConceptsConfig):
         rows += [
-            ("concepts, kept per token", f"{concepts.num_concepts}, {concepts.top_k}"),
-            ("concepts enter before block", concepts.insert_layer),
+            ("concepts, kept per token", f"{insertion.num_concepts}, {insertion.top_k}"),
+            ("concepts enter before block", insertion.insert_layer),
         ]
     return rows
 
@@ -120,13 +128,19 @@ def _training_rows(config: RunConfig) -> list[Row]:
         ("precision", config.train.precision),
         ("seed of the weights", config.run.seed),
     ]
-    concepts = config.concepts if config.objective.name == "cocomix" else None
+    if config.objective.name == "kd" and config.kd is not None:
+        rows += [
+            ("teacher", f"`{config.kd.teacher}`"),
+            ("divergence, weight and temperature", f"{config.kd.weight}, {config.kd.temperature}"),
+        ]
+    concepts = config.predicted_concepts
     if concepts is not None:
+        by = f"{concepts.attribution} attribution" if concepts.targets == "attribution" else concepts.targets
         rows += [
             ("concept loss weight", config.objective.concept_weight),
             ("teacher", f"`{concepts.teacher}`, after block {concepts.sae_layer}"),
             ("autoencoder", f"`{concepts.sae}`"),
-            ("targets per token, ranked by", f"{concepts.num_targets}, {concepts.attribution} attribution"),
+            ("targets per token, ranked by", f"{concepts.num_targets}, {by}"),
         ]
     return rows
 

@@ -10,7 +10,6 @@ import torch
 from data.manifest import TOKENIZER_NAME
 from data.source import open_tokenizer
 from data.tokenizer import Tokenizer, load_tokenizer
-from trainer.build import empty_student
 from trainer.checkpoint.io import load_newest_model
 from trainer.concepts.extractor import load_teacher
 from trainer.concepts.sae import TopKSae
@@ -19,6 +18,7 @@ from trainer.config import RunConfig
 from trainer.config_io import load_config
 from trainer.model.formats import load_model
 from trainer.model.gpt2 import GPT2
+from trainer.model.student import build_student
 from trainer.publish import published_path
 
 
@@ -94,8 +94,9 @@ def _open_run(path: Path, config: RunConfig) -> tuple[GPT2, int, str]:
     weights = path / "model" / published_path(config).name  # the run may have been moved since
     if weights.is_file():
         return load_model(weights.parent), config.train.steps, str(weights.parent)
+    assert config.model is not None
     with torch.device("meta"):
-        model = empty_student(config)
+        model = build_student(config.model, config.insertion)
     model.to_empty(device="cpu")
     step = load_newest_model(path / "checkpoints", model.state_dict())
     if step is None:

@@ -56,6 +56,35 @@ def attribution(grad: Tensor, values: Tensor, ids: Tensor, decoder: Tensor) -> T
     return flat.view_as(values).float() * values.float()
 
 
+def random_scores(input_ids: Tensor, values: Tensor, ids: Tensor) -> Tensor:
+    """Uniform scores in (0, 1] of the active latents, 0 where a latent's activation is 0.
+
+    Their ranking draws latents without replacement. A score is a hash of the row's tokens, the position and
+    the latent, so that a window has the same targets in each epoch, on each rank and from a cache.
+
+    Args:
+        input_ids: (B, T) int64.
+        values: (B, C, K) active latents of the C tokens that have a concept, evenly spaced.
+        ids: (B, C, K) int64, their places in the dictionary.
+
+    Returns:
+        (B, C, K) fp64, which has too many values for ties.
+    """
+    position = torch.arange(input_ids.shape[1], device=input_ids.device)
+    window = _hash(input_ids * 2**32 + position).sum(1)[:, None, None]
+    place = torch.arange(ids.shape[1], device=ids.device)[:, None] * 2**32
+    bits = _hash(window ^ _hash(place + ids)) >> 11
+    return ((bits & (2**53 - 1)) + 1).double() * 2.0**-53 * (values > 0)
+
+
+def _hash(x: Tensor) -> Tensor:
+    """A bijection of int64 whose output bits look independent: the finaliser of SplitMix64."""
+    # Products wrap around on every device; a shift to the right would copy the sign without the mask.
+    x = (x ^ (x >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ (x >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)
+    return x ^ (x >> 31 & 2**33 - 1)
+
+
 def select_targets(
     scores: Tensor,
     ids: Tensor,
@@ -67,7 +96,7 @@ def select_targets(
     """Ids of the A largest scores per token.
 
     Args:
-        scores: (B, T, K) attribution of the active latents.
+        scores: (B, T, K) of the active latents: attributions, or what ``concepts.targets`` ranks by.
         ids: (B, T, K) int64.
         num_targets: A; where K is smaller the rest is masked.
         ranking: by the score, its absolute value or its negative.

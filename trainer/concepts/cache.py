@@ -59,6 +59,7 @@ def label_settings(
         num_targets=concepts.num_targets,
         num_concepts=concepts.num_concepts,
         sae_layer=concepts.sae_layer,
+        targets=concepts.targets,
         attribution=concepts.attribution,
         mask_non_positive=concepts.mask_non_positive,
         precision=concepts.precision,

@@ -8,13 +8,32 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.apply import shard_frozen
 from parallel.tensor import TensorGroup
-from trainer.concepts.attribution import attribution, residual_and_gradient, select_targets
+from trainer.concepts.attribution import (
+    attribution,
+    random_scores,
+    residual_and_gradient,
+    select_targets,
+)
 from trainer.concepts.sae import TopKSae
 from trainer.concepts.sae_formats import check_fits, load_sae
 from trainer.config import ConceptsConfig
 from trainer.kernels.reference import MASKED_TARGET
 from trainer.model.formats import load_model
 from trainer.model.gpt2 import GPT2
+
+
+def load_frozen(path: str, *, key: str) -> GPT2:
+    """A frozen GPT-2; ``key`` is the setting named in errors.
+
+    Raises:
+        ValueError: the model is not a plain GPT-2.
+        FileNotFoundError: no model there.
+    """
+    teacher = load_model(path)
+    if type(teacher) is not GPT2:
+        kind = type(teacher).__name__
+        raise ValueError(f"{key}: the teacher at {path} is a {kind} student, it must be a plain GPT-2")
+    return teacher
 
 
 def load_teacher(path: str, layer: int, *, key: str) -> GPT2:
@@ -24,9 +43,7 @@ def load_teacher(path: str, layer: int, *, key: str) -> GPT2:
         ValueError: the layer is the last block or beyond it, or the model is not a plain GPT-2.
         FileNotFoundError: no model there.
     """
-    teacher = load_model(path)
-    if type(teacher) is not GPT2:
-        raise ValueError(f"{key}: the teacher at {path} is a CoCoMix student, it must be a plain GPT-2")
+    teacher = load_frozen(path, key=key)
     if not 0 <= layer < teacher.config.n_layer - 1:
         raise ValueError(
             f"{key}={layer} must be from 0 to {teacher.config.n_layer - 2}: "
@@ -46,11 +63,13 @@ def shard_teacher(teacher: GPT2, ranks: DeviceMesh, *, backward: bool) -> None:
     shard_frozen(teacher, teacher.plan, ranks, ("residual_after", "loss_from_residual"), backward=backward)
 
 
-def check_vocabulary(teacher: GPT2, vocab_size: int, seq_len: int, path: str) -> None:
+def check_vocabulary(
+    teacher: GPT2, vocab_size: int, seq_len: int, path: str, *, key: str = "concepts.teacher"
+) -> None:
     """Refuse a teacher that cannot read the data: too small a vocabulary or too few positions."""
     if vocab_size > teacher.config.vocab_size:
         raise ValueError(
-            f"concepts.teacher: token ids up to {vocab_size - 1} in the data are beyond the vocabulary of "
+            f"{key}: token ids up to {vocab_size - 1} in the data are beyond the vocabulary of "
             f"{teacher.config.vocab_size} of the teacher at {path}"
         )
     if seq_len > teacher.config.n_positions:
@@ -78,7 +97,7 @@ def unpack_ids(packed: Tensor) -> Tensor:
 
 
 class TargetExtractor:
-    """Attribution-selected concept targets of a batch of tokens.
+    """Concept targets of a batch of tokens, selected by attribution unless ``concepts.targets`` says else.
 
     Args:
         teacher: frozen GPT-2 on the device of the run.
@@ -133,17 +152,16 @@ class TargetExtractor:
         """Targets of input_ids (B, T) int64 whose next tokens are labels (B, T).
 
         Returns:
-            (B, T, A) int64 ids, best first, ``MASKED_TARGET`` where no active latent has a positive
-            attribution (unless ``concepts.mask_non_positive`` is off). The same on all ranks of ``tp``.
+            (B, C, A) int64 ids for the C = T / ``concepts.every`` tokens that have a concept, best first,
+            ``MASKED_TARGET`` where no further active latent has a positive score (unless
+            ``concepts.mask_non_positive`` is off). The same on all ranks of ``tp``.
         """
-        num_rows = input_ids.shape[0]
-        mine = (self.tp.share_rows(input_ids), self.tp.share_rows(labels))
-        residual = residual_and_gradient(self.teacher, *mine, self.config.sae_layer)
+        num_rows, mine = input_ids.shape[0], self.tp.share_rows(input_ids)
+        read = self._read_teacher(mine, self.tp.share_rows(labels))
         if self.sae.tp.size > 1:
-            both = torch.stack((residual.x, residual.grad), dim=1)
-            x, grad = self.tp.gather_rows(both, num_rows).unbind(1)
-            return self._select(x, grad)
-        targets = self._select(residual.x, residual.grad)
+            read = self.tp.gather_rows(torch.stack(read, dim=1), num_rows).unbind(1)
+            return self._select(input_ids, *read)
+        targets = self._select(mine, *read)
         if self.tp.size == 1:
             return targets
         return unpack_ids(self.tp.gather_rows(pack_ids(targets), num_rows))
@@ -153,23 +171,41 @@ class TargetExtractor:
         """Active latents beside the targets that are chosen among them, on a rank of its own.
 
         Returns:
-            Values (B, T, K) fp32, largest first, ids (B, T, K) int64 and targets (B, T, A) int64.
+            Values (B, C, K) fp32, largest first, ids (B, C, K) int64 and targets (B, C, A) int64.
         """
         assert self.tp.size == 1
-        residual = residual_and_gradient(self.teacher, input_ids, labels, self.config.sae_layer)
-        values, ids = self.sae.encode(residual.x.float())
-        return values, ids, self._targets(residual.grad, values, ids)
+        x, *grad = self._read_teacher(input_ids, labels)
+        values, ids = self.sae.encode(x.float())
+        return values, ids, self._targets(input_ids, values, ids, *grad)
 
-    def _select(self, x: Tensor, grad: Tensor) -> Tensor:
-        """Targets of residuals and their gradients (B, T, D_t)."""
-        return self._targets(grad, *self.sae.encode(x.float()))
+    def _read_teacher(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Residuals (B, C, D_t) and, for attribution, their gradients."""
+        layer, every = self.config.sae_layer, self.config.every
+        read: tuple[Tensor, ...] = ()
+        if self.config.targets == "attribution":
+            read = residual_and_gradient(self.teacher, input_ids, labels, layer)[:2]
+        else:
+            read = (self.teacher.residual_after(input_ids, layer),)
+        return tuple(part[:, every - 1 :: every] for part in read)
 
-    def _targets(self, grad: Tensor, values: Tensor, ids: Tensor) -> Tensor:
+    def _score(self, input_ids: Tensor, values: Tensor, ids: Tensor, grad: Tensor | None) -> Tensor:
+        """Scores (B, C, K) of active latents; the largest ones are targets."""
+        if self.config.targets == "random":
+            return random_scores(input_ids, values, ids)
+        if grad is None:
+            return values
         # Each rank scores the latents that it holds; the others' scores are 0 there.
         index, here = self.sae.columns.find(ids)
         scores = attribution(grad.float(), values.masked_fill(~here, 0.0), index, self.sae.decoder)
+        return self.sae.tp.sum(scores)
+
+    def _select(self, input_ids: Tensor, x: Tensor, grad: Tensor | None = None) -> Tensor:
+        """Targets of residuals x (B, C, D_t) of input_ids (B, T)."""
+        return self._targets(input_ids, *self.sae.encode(x.float()), grad)
+
+    def _targets(self, input_ids: Tensor, values: Tensor, ids: Tensor, grad: Tensor | None = None) -> Tensor:
         return select_targets(
-            self.sae.tp.sum(scores),
+            self._score(input_ids, values, ids, grad),
             ids,
             self.config.num_targets,
             ranking=self.config.attribution,

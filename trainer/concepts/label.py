@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def label(config: RunConfig, world: World, *, overwrite: bool = False) -> bool:
     settings = label_settings(config.concepts, config.data, manifest, rows_per_pass=rows)
     if not overwrite and is_finished(folder, settings):
         return True
-    extractor = TargetExtractor.load(config.concepts, world.device)
+    # Runs that have a concept after every so many tokens read theirs out of the same labels.
+    extractor = TargetExtractor.load(replace(config.concepts, every=1), world.device)
     vocab_size = manifest.tokenizer.vocab_size
     check_vocabulary(extractor.teacher, vocab_size, config.data.seq_len, config.concepts.teacher)
     windows = {split: windows_per_chunk(manifest, split, config.data.seq_len) for split in SPLITS}
@@ -142,6 +144,11 @@ def _main(args: argparse.Namespace) -> None:
     config = load_config(RunConfig, args.config, args.overrides)
     if config.objective.name != "cocomix":
         raise ConfigError(f"{args.config}: objective.name={config.objective.name} must be cocomix")
+    if config.predicted_concepts is None:
+        raise ConfigError(
+            f"{args.config}: objective.regression={config.objective.regression} must be none, states are not "
+            "stored"
+        )
     if config.parallel.shard_teacher or config.parallel.shard_sae:
         raise ConfigError(
             "labelling needs parallel.shard_teacher=false and parallel.shard_sae=false: each process labels "

@@ -23,6 +23,27 @@ def lm_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
 
 
+def distillation(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy, and temperature^2 * summed KL(teacher || student) at a temperature, nats.
+
+    Rows without a label count in neither; hidden (N, D), weight (V, D), teacher_hidden (N, D_t),
+    teacher_weight (V, D_t), labels (N,).
+    """
+    logits = (hidden @ weight.t()).float()
+    log_student = (logits / temperature).log_softmax(-1)
+    log_teacher = ((teacher_hidden @ teacher_weight.t()).float() / temperature).log_softmax(-1)
+    rows = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
+    divergence = temperature**2 * rows[labels != IGNORED_LABEL].sum()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum"), divergence
+
+
 def concept_head(
     hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:

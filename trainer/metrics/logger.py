@@ -13,9 +13,12 @@ so equal text means bitwise equal values; NaN and infinities, which JSON lacks, 
 
 ``step``, ``tokens``    optimizer steps and tokens since the start of training
 ``loss_ntp``            mean next-token cross entropy over the global batch, nats
-``loss_concept``        mean concept cross entropy over the global batch, nats, without lambda; these first
+``loss_concept``        mean concept cross entropy over the global batch, nats (with ``objective.regression``
+                        the mean distance to the teacher's state), without lambda; these first
                         four keys stand in every record, ``null`` where an objective has no such loss
+``loss_kd``             mean divergence from the teacher's distribution, nats, without its weight
 ``loss_total``          what was minimised, nats
+``concept_weight``      lambda, the weight of ``loss_concept`` in ``loss_total``
 ``concept_*``           recall at A and mean rank of the targets, shares of the dictionary in use
 ``lr``, ``grad_norm``   learning rate; global gradient norm before clipping
 ``tokens_per_s``        training throughput of all ranks since the record before

@@ -20,11 +20,23 @@ KeptEdit = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Kept values and ids, both (B*T, K), to others of any K; an id may stand twice, its values add up."""
 
 
+def standardize(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(h - mean) / (std + eps) over the width, with the unbiased std; h (B, T, D) of any floating dtype.
+
+    Returns it (B, T, D), mean and std (B, T, 1), all fp32.
+    """
+    h = h.float()
+    mean = h.mean(-1, keepdim=True)
+    std = h.std(-1, keepdim=True)
+    return (h - mean) / (std + _STD_EPS), mean, std
+
+
 class ConceptMixer(nn.Module):
     """Predict M concept logits, keep the K largest, compress them into one vector of width D.
 
     The compress weight is stored (M, D), one row per concept, so that K kept concepts are K rows;
-    the authors' layout is its transpose (``trainer.model.formats``).
+    the authors' layout is its transpose (``trainer.model.formats``). With ``concepts.mix=none`` concepts
+    are predicted only, and there is nothing to compress with.
     """
 
     def __init__(self, d_model: int, config: ConceptsConfig) -> None:
@@ -33,19 +45,19 @@ class ConceptMixer(nn.Module):
         self.num_concepts = config.num_concepts
         self.pre_bias = nn.Parameter(torch.empty(d_model))
         self.predict = nn.Linear(d_model, padded(config.num_concepts))
-        self.compress_weight = nn.Parameter(torch.empty(padded(config.num_concepts), d_model))
-        self.compress_bias = nn.Parameter(torch.empty(d_model))
+        self.mixes = config.mix != "none"
+        if self.mixes:
+            self.compress_weight = nn.Parameter(torch.empty(padded(config.num_concepts), d_model))
+            self.compress_bias = nn.Parameter(torch.empty(d_model))
         self.tp = TensorGroup()
 
     def standardize(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Per token (h - mean) / (std + eps) - pre_bias with the unbiased std; h (B, T, D).
+        """Per token (h - mean) / (std + eps) - pre_bias; h (B, T, D).
 
         Statistics are fp32 whatever the dtype of h. Returns u (B, T, D) and mean, std (B, T, 1).
         """
-        h = h.float()
-        mean = h.mean(-1, keepdim=True)
-        std = h.std(-1, keepdim=True)
-        return (h - mean) / (std + _STD_EPS) - local(self.pre_bias).float(), mean, std
+        normal, mean, std = standardize(h)
+        return normal - local(self.pre_bias).float(), mean, std
 
     def forward(
         self,
@@ -54,7 +66,7 @@ class ConceptMixer(nn.Module):
         *,
         with_ranks: bool = False,
         edit: KeptEdit | None = None,
-    ) -> tuple[Tensor, ConceptHeadOutput]:
+    ) -> tuple[Tensor | None, ConceptHeadOutput]:
         """Continuous concepts of a residual stream.
 
         Args:
@@ -64,10 +76,10 @@ class ConceptMixer(nn.Module):
             edit: changes what is mixed in after the selection; the head's output stays as predicted.
 
         Returns:
-            q (B, T, D) in the dtype of h, and the head's output over B*T rows.
+            q (B, T, D) in the dtype of h (``None`` without mixing), and the head's output over B*T rows.
         """
         u, mean, std = self.standardize(h)
-        weight, compress = local(self.predict.weight), local(self.compress_weight)
+        weight = local(self.predict.weight)
         rows = self.tp.gather_sequence(u.to(weight.dtype))
         head = concept_head(
             rows.flatten(0, 1),
@@ -79,8 +91,10 @@ class ConceptMixer(nn.Module):
             tp=self.tp,
             with_ranks=with_ranks,
         )
+        if not self.mixes:
+            return None, head
         kept = (head.values, head.ids) if edit is None else edit(head.values, head.ids)
-        columns = sparse_decode(*kept, compress).view(*rows.shape[:2], -1)
+        columns = sparse_decode(*kept, local(self.compress_weight)).view(*rows.shape[:2], -1)
         mixed = self.tp.columns_to_sequence(columns).float()
         bias = local(self.compress_bias).float() + local(self.pre_bias).float()
         q = (mixed + bias) * std + mean

@@ -1,8 +1,9 @@
 """Decoding with cached keys and values: each position of a growing sequence is computed once.
 
-Blocks below the insertion of a CoCoMix hold one position per token, those above it two. Rows may start
-with prompts of different length: short ones are padded on the left and nothing ever sees the padding, so
-a row's logits are those that it would have alone.
+Blocks below the insertion of a student hold one position per token, those above it two where vectors are
+interleaved. Where only some tokens have a vector, the others' places are absent, since it depends on the
+row which tokens these are. Rows may start with prompts of different length: short ones are padded on the
+left. Nothing ever sees what is absent, so a row's logits are those that it would have alone.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.model.cocomix import POSITIONS_PER_TOKEN, CoCoMix
-from trainer.model.gpt2 import GPT2
+from trainer.model.cocomix import CoCoMix, MixingGPT2
+from trainer.model.gpt2 import GPT2, Positions
+from trainer.model.mixing import interleave
 
-_LAST = slice(-1, None)  # the position that predicts the next token, in every stream
+_LAST = slice(-1, None)  # the position that predicts the next token, where nothing is absent
+_LAST_TWO = slice(-2, None)
 
 
 class PerRow(Protocol):
@@ -59,7 +62,7 @@ class _BlockPast:
     start: int
     mask: Tensor | None  # (B or 1, 1, R, start + R); None: plainly causal, nothing hidden
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, read: slice | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, read: Positions | None) -> Tensor:
         stop = self.start + key.shape[2]
         self.keys[:, :, self.start : stop] = key
         self.values[:, :, self.start : stop] = value
@@ -128,7 +131,7 @@ class Decoder:
     The model must be whole on this rank: a sharded one runs its root forward over the whole context.
 
     Args:
-        model: a GPT-2 or CoCoMix, in evaluation.
+        model: a GPT-2 or a student built on it, in evaluation.
         capacity: tokens per row, prompt included.
         edit_kept: changes the concepts that a CoCoMix mixes in.
         edit_residual: changes the residual stream of a plain GPT-2.
@@ -194,12 +197,10 @@ class Decoder:
         config, like = self.model.config, self.model.wte.weight
         head_dim = config.d_model // config.n_head
         sizes = [(config.n_layer, self.capacity)]
-        if isinstance(self.model, CoCoMix):
+        if isinstance(self.model, MixingGPT2):
             below = self.model.insert_layer
-            sizes = [
-                (below, self.capacity),
-                (config.n_layer - below, POSITIONS_PER_TOKEN * self.capacity),
-            ]
+            above = self.model.mixing.positions_per_token * self.capacity
+            sizes = [(below, self.capacity), (config.n_layer - below, above)]
         return [
             PositionCache(blocks, (rows, config.n_head, positions, head_dim), like)
             for blocks, positions in sizes
@@ -212,19 +213,35 @@ class Decoder:
         positions = (column - self.padding).clamp_min(0)
         x = F.embedding(input_ids, model.wte.weight) + F.embedding(positions, model.wpe.weight)
         x = self._blocks(x, 0, present)
-        if isinstance(model, CoCoMix):
-            x, _ = model.insert(x, edit=self.edit_kept)
-            if present is not None:
-                present = present.repeat_interleave(POSITIONS_PER_TOKEN, dim=1)
-            x = self._blocks(x, 1, present)
+        if isinstance(model, MixingGPT2):
+            x = self._above(model, x, positions, present)
         return model.head_logits(x, 1, last_only=True)[:, -1]
 
-    def _blocks(self, x: Tensor, index: int, present: Tensor | None) -> Tensor:
-        """Apply the blocks of one stream to its new positions; the model's last block reads the last one."""
+    def _above(self, model: MixingGPT2, x: Tensor, positions: Tensor, present: Tensor | None) -> Tensor:
+        """From the stream below the insertion to what is read, (B, 1, D); positions (B, R) of the tokens."""
+        mixing = model.mixing
+        if isinstance(model, CoCoMix):
+            q, _ = model.vectors(x, edit=self.edit_kept)
+        else:
+            q, _ = model.vectors(x)
+        if mixing.positions_per_token == 1:
+            return self._blocks(mixing.mix(x, q), 1, present)
+        assert q is not None
+        stream = interleave(x, q)
+        if mixing.every == 1:
+            return self._blocks(stream, 1, None if present is None else present.repeat_interleave(2, dim=1))
+        tokens = torch.ones_like(positions, dtype=torch.bool) if present is None else present
+        has_vector = (positions + 1) % mixing.every == 0
+        both = torch.stack((tokens, tokens & has_vector), dim=2).flatten(1)
+        x = self._blocks(stream, 1, both.expand(len(stream), -1), _LAST_TWO)
+        return torch.where(has_vector[:, -1:, None], x[:, 1:], x[:, :1])
+
+    def _blocks(self, x: Tensor, index: int, present: Tensor | None, read: slice = _LAST) -> Tensor:
+        """Apply the blocks of one stream to its new positions; the model's last block reads some."""
         first = sum(len(stream.keys) for stream in self.streams[:index])
         last = self.model.config.n_layer - 1
         for number, past in enumerate(self.streams[index].extend(x.shape[1], present), start=first):
-            x = self.model.blocks[number](x, _LAST if number == last else None, past)
+            x = self.model.blocks[number](x, read if number == last else None, past)
             if self.edit_residual is not None and self.edit_residual.layer == number:
                 x = self.edit_residual(x)
         return x

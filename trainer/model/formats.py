@@ -19,11 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.files import replace_file, replace_text
-from trainer.config import ConceptsConfig, ModelConfig
+from trainer.config import ConceptsConfig, Insertion, ModelConfig
 from trainer.model.authors import read_authors_sizes
 from trainer.model.cocomix import CoCoMix
+from trainer.model.description import describe, find_parts, read_insertion
 from trainer.model.gpt2 import GPT2
 from trainer.model.padding import padded
+from trainer.model.student import build_student
 
 _BLOCK = {
     "ln_1.weight": "ln_1.weight",
@@ -50,10 +52,14 @@ _TOP = {
     "mixer.predict.bias": "transformer.concept_predictor.bias",
     "mixer.compress_weight": "transformer.compress_layer.weight",
     "mixer.compress_bias": "transformer.compress_layer.bias",
+    "mixer.to_state.weight": "transformer.state_predictor.weight",
+    "mixer.to_state.bias": "transformer.state_predictor.bias",
+    "mixer.from_state.weight": "transformer.state_compressor.weight",
+    "mixer.from_state.bias": "transformer.state_compressor.bias",
+    "pause.weight": "transformer.pause.weight",
 }
 _TRANSPOSED = re.compile(r"(attn\.(qkv|proj)|mlp\.(fc|proj))\.weight$|^mixer\.compress_weight$")
 _MASK_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")
-_CONCEPT_KEYS = ("num_concepts", "top_k", "insert_layer")
 
 
 def hf_name(name: str) -> str:
@@ -113,7 +119,7 @@ class Layout:
 
 
 def to_hf(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """A full state dict of :class:`GPT2` or :class:`CoCoMix` under published names."""
+    """A full state dict of :class:`GPT2` or of a student built on it, under published names."""
     return {hf_name(name): layout.publish(name, tensor) for name, tensor in state.items()}
 
 
@@ -266,46 +272,25 @@ def load_weights(model: GPT2, tensors: Mapping[str, Tensor], source: str) -> Non
 
 
 def load_model(path: str | Path) -> GPT2:
-    """A GPT-2, or a CoCoMix where the folder has concepts, on the CPU in its stored dtype."""
+    """The student of config.json's ``cocomix``, ``regression`` or ``pause`` part, else a GPT-2; on the CPU.
+
+    Weights keep their stored dtype. Where config.json names no part but there are concepts, their sizes
+    are read from the authors' config.yaml.
+    """
     folder = open_model(path)
     config = model_config(folder)
     tensors = folder.tensors()
-    concepts = _concepts(folder, tensors)
+    parts = find_parts(folder.config)
+    if not parts and any(name.endswith("concept_predictor.weight") for name in tensors):
+        parts = {"cocomix": read_authors_sizes(folder.config_path.parent)}
     with torch.device("meta"):
-        model = GPT2(config) if concepts is None else CoCoMix(config, concepts)
+        model = build_student(config, read_insertion(parts, config.n_layer, str(folder.config_path)))
     load_weights(model, tensors, str(folder.weights[0]))
     return model.requires_grad_(False).eval()
 
 
-def _concepts(folder: ModelFolder, tensors: Mapping[str, Tensor]) -> ConceptsConfig | None:
-    """Sizes of the concept path, from the authors' config.yaml where config.json has none; or ``None``."""
-    stored = folder.config.get("cocomix")
-    if stored is None and any(name.endswith("concept_predictor.weight") for name in tensors):
-        stored = read_authors_sizes(folder.config_path.parent)
-    if stored is None:
-        return None
-    for key in _CONCEPT_KEYS:
-        if not isinstance(stored.get(key), int):
-            raise ValueError(f"{folder.config_path}: cocomix.{key} is missing or not an integer")
-    return student_concepts(**{key: stored[key] for key in _CONCEPT_KEYS})
-
-
-def student_concepts(num_concepts: int, top_k: int, insert_layer: int) -> ConceptsConfig:
-    """The concept path of a trained student; teacher and autoencoder, which made its targets, are gone."""
-    return ConceptsConfig(
-        teacher="", sae="", sae_layer=0, num_concepts=num_concepts, top_k=top_k, insert_layer=insert_layer
-    )
-
-
-def concepts_of(model: GPT2) -> ConceptsConfig | None:
-    """The concept path of a model, ``None`` for a plain GPT-2."""
-    if not isinstance(model, CoCoMix):
-        return None
-    return student_concepts(model.mixer.num_concepts, model.mixer.top_k, model.insert_layer)
-
-
-def published_config(config: ModelConfig, concepts: ConceptsConfig | None) -> dict[str, Any]:
-    """config.json of a model folder: Hugging Face's GPT-2 keys, and ``cocomix`` where there are concepts."""
+def published_config(config: ModelConfig, insertion: Insertion | None) -> dict[str, Any]:
+    """config.json of a model folder: Hugging Face's GPT-2 keys, and a part for what is inserted."""
     out: dict[str, Any] = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -321,20 +306,21 @@ def published_config(config: ModelConfig, concepts: ConceptsConfig | None) -> di
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
     }
-    if concepts is not None:
-        out["model_type"] = "cocomix_gpt2"
-        out["architectures"] = ["CoCoMixLMHeadModel"]
-        out["cocomix"] = {key: getattr(concepts, key) for key in _CONCEPT_KEYS}
+    if insertion is not None:
+        name, part = describe(insertion)
+        out["model_type"] = f"{name}_gpt2"
+        out["architectures"] = ["CoCoMixLMHeadModel" if name == "cocomix" else f"{name.title()}LMHeadModel"]
+        out[name] = part
     return out
 
 
 def save_model(
-    folder: Path, state: Mapping[str, Tensor], config: ModelConfig, concepts: ConceptsConfig | None
+    folder: Path, state: Mapping[str, Tensor], config: ModelConfig, insertion: Insertion | None
 ) -> None:
     """Write ``model.safetensors`` and ``config.json``; each appears whole, the weights last."""
     folder.mkdir(parents=True, exist_ok=True)
-    layout = Layout(config, 0 if concepts is None else concepts.num_concepts)
-    replace_text(folder / "config.json", json.dumps(published_config(config, concepts), indent=2) + "\n")
+    layout = Layout(config, insertion.num_concepts if isinstance(insertion, ConceptsConfig) else 0)
+    replace_text(folder / "config.json", json.dumps(published_config(config, insertion), indent=2) + "\n")
     replace_file(
         folder / "model.safetensors",
         lambda path: save_file(to_hf(state, layout), str(path), metadata={"format": "pt"}),

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from parallel.plan import ParallelPlan
 from parallel.tensor import TensorGroup, local
 from trainer.config import ModelConfig
+from trainer.kernels.distillation import Distilled, distillation_loss
 from trainer.kernels.lm_head import lm_head_loss
 from trainer.kernels.matmul import linear
 from trainer.model.padding import padded
@@ -49,7 +50,7 @@ class ConceptSums(NamedTuple):
     rank_sum: Tensor
     """() their ranks among the M logits, 1 is best; 0 when ranks were not asked for."""
     ids: Tensor
-    """(B, T, K) int64 concepts that the student mixes in."""
+    """(B, C, K) int64 concepts with the largest logits, at the C tokens that have concepts."""
 
 
 class ModelOutput(NamedTuple):
@@ -58,10 +59,25 @@ class ModelOutput(NamedTuple):
     loss_ntp: Tensor | None = None
     """() fp32 summed cross entropy of the next token, nats."""
     loss_concept: Tensor | None = None
-    """() fp32 summed concept loss (mean over the A targets of a token), nats."""
+    """() fp32 summed concept loss (mean over the A targets of a token) in nats, or distance of a state."""
+    distilled: Distilled | None = None
+    """Loss towards a teacher's distribution; in place of ``loss_ntp``."""
     logits: Tensor | None = None
     """(B, T, V), or (B, 1, V) with ``last_only``; only without labels."""
     concepts: ConceptSums | None = None
+
+
+class TeacherHead(NamedTuple):
+    """What a frozen GPT-2 of the same vocabulary says about a batch, short of its logits."""
+
+    hidden: Tensor
+    """(B, T, D_t) after its final LayerNorm."""
+    weight: Tensor
+    """(V, D_t) of its LM head, V padded."""
+    divergence_weight: float
+    """Of KL(teacher || student) beside the cross entropy."""
+    temperature: float
+    """Divides the logits of both in the divergence."""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -72,10 +88,19 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, local(self.weight), local(self.bias), self.eps)
 
 
+Positions = slice | Tensor
+"""Some positions of a sequence, ascending: every so many of them, or an index (R,) int64."""
+
+
+def take(x: Tensor, positions: Positions) -> Tensor:
+    """What stands at some positions of x (B, T, ...): (B, R, ...)."""
+    return x[:, positions] if isinstance(positions, slice) else x.index_select(1, positions)
+
+
 class Past(Protocol):
     """Keys and values of the positions before those that a block is given (``trainer.model.decoding``)."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, read: slice | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, read: Positions | None) -> Tensor:
         """Take new keys and values (B, H, T, D/H) in; attend from queries (B, H, R, D/H) of ``read``."""
         ...
 
@@ -94,7 +119,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.d_model, config.d_model)
         self.tp = TensorGroup()
 
-    def forward(self, x: Tensor, read: slice | None = None, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, read: Positions | None = None, past: Past | None = None) -> Tensor:
         """Attend from all positions of x (B, T, D), or from those of ``read`` only: (B, R, D).
 
         With ``past``, x are the positions after those that it holds; it takes them in.
@@ -103,7 +128,7 @@ class Attention(nn.Module):
         if read is None:
             query, key, value = self._project(x, slice(None))
         else:
-            (query,) = self._project(x[:, read], slice(0, 1))
+            (query,) = self._project(take(x, read), slice(0, 1))
             key, value = self._project(x, slice(1, 3))
         if past is not None:
             mixed = past.attend(query, key, value, read)
@@ -124,7 +149,9 @@ class Attention(nn.Module):
         kinds = len(range(3)[which])
         # As rows: of every other position of x it is a product and a sum on their own otherwise.
         out = linear(x.flatten(0, 1), weight, bias)
-        return out.view(*x.shape[:2], -1, kinds, self.head_dim).permute(3, 0, 2, 1, 4).unbind(0)
+        num_heads = out.shape[-1] // (kinds * self.head_dim)
+        # Not -1: a rank may have no rows at all.
+        return out.view(*x.shape[:2], num_heads, kinds, self.head_dim).permute(3, 0, 2, 1, 4).unbind(0)
 
 
 class MLP(nn.Module):
@@ -154,7 +181,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, read: slice | None = None, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, read: Positions | None = None, past: Past | None = None) -> Tensor:
         """Update all positions of x (B, T, D).
 
         With ``read`` only those positions are returned, (B, R, D): the others serve as keys and values
@@ -163,10 +190,13 @@ class Block(nn.Module):
         """
         return self.transform(self.attend(x, read, past))
 
-    def attend(self, x: Tensor, read: slice | None = None, past: Past | None = None) -> Tensor:
+    def attend(self, x: Tensor, read: slice | Tensor | None = None, past: Past | None = None) -> Tensor:
         """The first sublayer: x and what its positions learn from those before them."""
         attended: Tensor = self.attn(self.ln_1(x), read, past)
-        return (x if read is None else x[:, read]) + attended
+        if isinstance(read, Tensor):
+            # With tensor parallelism x is a part of the sequence; the pattern is the same in every part.
+            read = read[: attended.shape[1]]
+        return (x if read is None else take(x, read)) + attended
 
     def transform(self, x: Tensor) -> Tensor:
         """The second sublayer: x and what the MLP makes of each position."""
@@ -261,14 +291,44 @@ class GPT2(nn.Module):
         """
         return F.pad(input_ids, (0, -input_ids.shape[1] % self.tp.size))
 
-    def read_out(self, x: Tensor, labels: Tensor | None, length: int, *, last_only: bool) -> ModelOutput:
+    def head_distillation(self, x: Tensor, labels: Tensor, teacher: TeacherHead) -> Distilled:
+        """Summed loss of the last block's output x (B, T, D) towards labels (B, T) and a teacher."""
+        hidden = self.tp.gather_sequence(self.ln_f(x))
+        return distillation_loss(
+            hidden.flatten(0, 1),
+            self.head_weight,
+            teacher.hidden.flatten(0, 1),
+            teacher.weight,
+            labels.flatten(),
+            self.config.vocab_size,
+            divergence_weight=teacher.divergence_weight,
+            temperature=teacher.temperature,
+            tp=self.tp,
+        )
+
+    def read_out(
+        self,
+        x: Tensor,
+        labels: Tensor | None,
+        length: int,
+        *,
+        last_only: bool,
+        teacher: TeacherHead | None = None,
+    ) -> ModelOutput:
         """Loss where there are labels, logits of the first ``length`` positions where there are none."""
         if labels is None:
             return ModelOutput(logits=self.head_logits(x, length, last_only=last_only))
+        if teacher is not None:
+            return ModelOutput(distilled=self.head_distillation(x, labels, teacher))
         return ModelOutput(loss_ntp=self.head_loss(x, labels))
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, *, last_only: bool = False
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        last_only: bool = False,
+        teacher: TeacherHead | None = None,
     ) -> ModelOutput:
         """Summed loss of ``labels``, or logits without them.
 
@@ -277,14 +337,20 @@ class GPT2(nn.Module):
                 tensor-parallel ranks.
             labels: (B, T) int64, the next token of each position, ``IGNORED_LABEL`` for none.
             last_only: logits of the last position only, (B, 1, V).
+            teacher: with labels, what else to learn from.
         """
         length = input_ids.shape[1]
         x = self.run_blocks(self.embed(self.whole_parts(input_ids)), 0, self.config.n_layer)
-        return self.read_out(x, labels, length, last_only=last_only)
+        return self.read_out(x, labels, length, last_only=last_only, teacher=teacher)
 
     def residual_after(self, input_ids: Tensor, layer: int) -> Tensor:
         """Residual stream after block ``layer`` (0-based), (B, T, D)."""
         return self.run_blocks(self.embed(input_ids), 0, layer + 1)
+
+    def final_hidden(self, input_ids: Tensor) -> Tensor:
+        """What the LM head reads, (B, T, D)."""
+        hidden: Tensor = self.ln_f(self.run_blocks(self.embed(input_ids), 0, self.config.n_layer))
+        return hidden
 
     def loss_from_residual(self, residual: Tensor, labels: Tensor, layer: int) -> Tensor:
         """Summed next-token loss in nats of a residual (B, T, D) put in after block ``layer``."""

@@ -20,11 +20,11 @@ from tests.trainer.tiny_run import NUM_LATENTS, tiny_config
 from trainer.analysis.generate import main
 from trainer.analysis.sampling import Sampling, generate
 from trainer.analysis.trained import open_trained
-from trainer.build import empty_student
 from trainer.config import RunConfig
 from trainer.config_io import dump_config
 from trainer.main import train
 from trainer.model.formats import load_model, save_model
+from trainer.model.student import build_student
 from trainer.stop import StopRequest
 
 
@@ -35,7 +35,7 @@ def write_run(world: Path, run: Path, objective: str = "cocomix") -> Path:
     replace_text(run / "config.yaml", dump_config(config))
     if objective != "sae":
         assert config.model is not None
-        model = empty_student(config)
+        model = build_student(config.model, config.insertion)
         randomize(model, seed=7)
         save_model(
             run / "model",

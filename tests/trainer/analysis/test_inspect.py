@@ -160,7 +160,7 @@ def test_what_is_refused(
     config = (orphan / "config.yaml").read_text()
     (orphan / "config.yaml").write_text(config.replace(str(tiny_world / "teacher"), str(tmp_path / "gone")))
     for run, argv, message in (
-        (runs / "ntp", [], "plain GPT-2, which has no concepts"),
+        (runs / "ntp", [], "predicts no concepts"),
         (orphan, [], "--no_teacher leaves it out"),
         (orphan, ["--no_teacher", "--text", "word " * 40], "must be from 1 to 16"),
         (orphan, ["--no_teacher", "--concepts", "3,37"], "--concepts 37 must be from 0 to 36"),

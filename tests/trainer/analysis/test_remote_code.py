@@ -20,8 +20,8 @@ from tests.trainer.tiny_run import tiny_config  # noqa: E402
 from trainer.analysis.export import export  # noqa: E402
 from trainer.analysis.sampling import Sampling, generate  # noqa: E402
 from trainer.analysis.trained import TrainedModel  # noqa: E402
-from trainer.build import empty_student  # noqa: E402
 from trainer.model.gpt2 import GPT2  # noqa: E402
+from trainer.model.student import build_student  # noqa: E402
 
 KINDS = ["ntp", "ntp-untied", "cocomix0", "cocomix1", "cocomix2"]
 TEXTS = ["the", "a dog saw the hills", "mat far"]
@@ -46,7 +46,8 @@ class Pair:
         if kind.startswith("cocomix"):
             changes["concepts__insert_layer"] = int(kind[-1])
         config = tiny_config(world, folder / "run", kind.rstrip("012").removesuffix("-untied"), **changes)
-        self.ours: GPT2 = empty_student(config).eval().requires_grad_(False)
+        assert config.model is not None
+        self.ours: GPT2 = build_student(config.model, config.insertion).eval().requires_grad_(False)
         randomize(self.ours, seed=5)
         from data.tokenizer import load_tokenizer
 

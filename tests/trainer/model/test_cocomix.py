@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from tests.trainer.model.tiny import tiny_cocomix
 from trainer.kernels.reference import MASKED_TARGET
-from trainer.model.cocomix import CoCoMix, interleave
+from trainer.model.cocomix import CoCoMix
+from trainer.model.mixing import interleave
 
 
 def _tokens(rows: int, length: int, seed: int = 0) -> Tensor:
