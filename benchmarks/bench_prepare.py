@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import NamedTuple
 
 from benchmarks.data_suite import Row, Suite, add_arguments, make_rows, run_suites
 from benchmarks.documents import generate_documents
@@ -52,7 +52,7 @@ class PrepareBench:
     layouts: tuple[str, ...] = ("arrow", "parquet", "subsets", "jsonl", "jsonl.gz", "jsonl.zst", "txt")
     """The others are read by the same code."""
     processes: int = 2
-    """Of the last case."""
+    """Of the last cases."""
 
     def __post_init__(self) -> None:
         if not self.megabytes > 0.0:
@@ -70,11 +70,14 @@ def measure(bench: PrepareBench, folder: Path) -> list[Row]:
     halves = texts[: max(1, len(texts) // SHORT)], texts
     fast = FastEncoder(tokenizer)
     raw = [_cost(partial(_encode, fast, texts)) for _ in range(bench.repeats)]
-    rates = [(RAW, 1.0 / median(cost for cost, _ in raw), "")]
+    rates = [(RAW, median(cost.tokens / cost.all_s for cost in raw), "")]
     for case in _cases(bench, folder, halves):
         turns = [_turn(case, partial(_encode, fast, texts)) for _ in range(bench.repeats)]
-        ratio, start_s = (median(values) for values in zip(*turns, strict=True))
-        rates.append((case.name, rates[0][1] * ratio, f"{max(start_s, 0.0):.1f} s to start"))
+        ratio, start_s, own_s = (median(values) for values in zip(*turns, strict=True))
+        note = f"{max(start_s, 0.0):.1f} s to start"
+        if case.processes > 1:
+            note += f", {max(own_s, 0.0) * 1e9:.0f} ns per token in the process that reads for all"
+        rates.append((case.name, rates[0][1] * ratio, note))
     return make_rows(SUITE, rates)
 
 
@@ -84,22 +87,32 @@ class _Case:
     short: Callable[[], int]
     """Prepares the short corpus and returns its number of tokens."""
     long: Callable[[], int]
+    processes: int = 1
 
 
-def _turn(case: _Case, baseline: Callable[[], int]) -> tuple[float, float]:
-    """Return the rate as a share of the baseline measured beside it, and the seconds of a start."""
-    base, _ = _cost(baseline)
-    short, few = _cost(case.short)
-    long, many = _cost(case.long)
-    slope = (long * many - short * few) / (many - few)
-    return base / slope, short * few - slope * few
+class _Cost(NamedTuple):
+    all_s: float
+    """CPU time, finished children included."""
+    own_s: float
+    """CPU time of this process."""
+    tokens: int
 
 
-def _cost(work: Callable[[], int]) -> tuple[float, int]:
-    """Return CPU seconds per token, children included, and the number of tokens."""
-    before = _cpu_s()
+def _turn(case: _Case, baseline: Callable[[], int]) -> tuple[float, float, float]:
+    """Return the rate as a share of the baseline's beside it, the seconds of a start, own seconds per token."""
+    base, short, long = _cost(baseline), _cost(case.short), _cost(case.long)
+    tokens = long.tokens - short.tokens
+    per_token_s = (long.all_s - short.all_s) / tokens
+    start_s = short.all_s - per_token_s * short.tokens
+    return base.all_s / base.tokens / per_token_s, start_s, (long.own_s - short.own_s) / tokens
+
+
+def _cost(work: Callable[[], int]) -> _Cost:
+    own_s, children_s = _cpu_s()
     tokens = work()
-    return (_cpu_s() - before) / tokens, tokens
+    own_end_s, children_end_s = _cpu_s()
+    own_s = own_end_s - own_s
+    return _Cost(own_s + children_end_s - children_s, own_s, tokens)
 
 
 def _encode(encoder: FastEncoder, texts: list[str]) -> int:
@@ -119,20 +132,19 @@ def _cases(bench: PrepareBench, folder: Path, halves: tuple[list[str], list[str]
     corpora = folder / "short", folder / "long"
     for corpus in corpora:
         corpus.mkdir()
-    first = bench.layouts[0]
     for layout in bench.layouts:
         short, long = (
             write_corpus(corpus, layout, texts) for corpus, texts in zip(corpora, halves, strict=True)
         )
         yield _Case(layout, partial(_prepare, folder, short), partial(_prepare, folder, long))
-    variants: dict[str, dict[str, Any]] = {
-        f"{first}, reference encoder": {"encoder": "reference"},
-        f"{first}, {bench.processes} processes": {"processes": bench.processes},
-    }
-    for name, changes in variants.items():
-        short, long = (corpus / first for corpus in corpora)
-        run = partial(_prepare, folder, **changes)
-        yield _Case(name, partial(run, short), partial(run, long))
+    first = bench.layouts[0]
+    short, long = (partial(_prepare, folder, corpus / first, encoder="reference") for corpus in corpora)
+    yield _Case(f"{first}, reference encoder", short, long)
+    for layout in bench.layouts:
+        short, long = (
+            partial(_prepare, folder, corpus / layout, processes=bench.processes) for corpus in corpora
+        )
+        yield _Case(f"{layout}, {bench.processes} processes", short, long, bench.processes)
 
 
 def _prepare(folder: Path, corpus: Path, *, encoder: str = "fast", processes: int = 1) -> int:
@@ -152,9 +164,10 @@ def _prepare(folder: Path, corpus: Path, *, encoder: str = "fast", processes: in
     return sum(split.tokens for split in manifest.splits.values())
 
 
-def _cpu_s() -> float:
+def _cpu_s() -> tuple[float, float]:
+    """Return the CPU time of this process and of its finished children."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
+    return time.process_time(), children.ru_utime + children.ru_stime
 
 
 def suite(bench: PrepareBench | None = None) -> Suite:

@@ -26,20 +26,20 @@ def test_rows_are_compared_with_the_first() -> None:
 
 
 def test_a_start_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a rate that start-up makes look slow: 2 s to start, then 1 s for 10 tokens."""
-    clock = [0.0]
-    monkeypatch.setattr(bench_prepare, "_cpu_s", lambda: clock[0])
+    """Catches a rate that start-up makes look slow: 2 s to start, then 1 s for 10 tokens, half in children."""
+    clock = [0.0, 0.0]
+    monkeypatch.setattr(bench_prepare, "_cpu_s", lambda: tuple(clock))
 
-    def work(seconds: float, tokens: int) -> Callable[[], int]:
+    def work(own_s: float, children_s: float, tokens: int) -> Callable[[], int]:
         def run() -> int:
-            clock[0] += seconds
+            clock[0] += own_s
+            clock[1] += children_s
             return tokens
 
         return run
 
-    case = bench_prepare._Case("case", short=work(2.5, 5), long=work(6.0, 40))
-    ratio, start_s = bench_prepare._turn(case, work(2.0, 40))
-    assert (ratio, start_s) == pytest.approx((0.5, 2.0))
+    case = bench_prepare._Case("case", short=work(2.25, 0.25, 5), long=work(4.0, 2.0, 40), processes=2)
+    assert bench_prepare._turn(case, work(2.0, 0.0, 40)) == pytest.approx((0.5, 2.0, 0.05))
 
 
 def test_documents_are_the_same_for_a_seed_and_look_like_text() -> None:
@@ -69,7 +69,8 @@ def test_a_small_measurement_is_shown_and_recorded(
     (record,) = tmp_path.iterdir()
     body = json.loads((record / "record.json").read_text())
     cases = [row["case"] for row in body["results"]]
-    assert cases == [bench_prepare.RAW, "jsonl", "txt", "jsonl, reference encoder", "jsonl, 1 processes"]
+    assert cases[:4] == [bench_prepare.RAW, "jsonl", "txt", "jsonl, reference encoder"]
+    assert cases[4:] == ["jsonl, 1 processes", "txt, 1 processes"]
     assert all(row["tokens_per_s"] > 0 for row in body["results"])
     assert body["config"]["prepare"]["megabytes"] == 0.5
     assert "| prepare | txt |" in capsys.readouterr().out

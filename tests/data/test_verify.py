@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 
 from data.manifest import DataError, read_manifest, write_manifest
 from data.verify import main, verify_folder
+from tests.data.conftest import read_tokens
 
 
 @pytest.fixture
@@ -157,3 +159,31 @@ def test_manifest_round_trip(folder: Path) -> None:
     assert read_manifest(folder) == manifest
     assert manifest.sha256 == hashlib.sha256(before).hexdigest()
     assert not list(folder.glob("*.tmp"))
+
+
+def test_the_documented_program_writes_a_valid_folder(tmp_path: Path, shard_folder: Path) -> None:
+    """Catches a documented format that differs from the real one: the page's own program is run."""
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    manifest = read_manifest(shard_folder)
+    splits = {
+        name: (read_tokens(shard_folder, manifest, name), split.documents)
+        for name, split in manifest.splits.items()
+    }
+    names["write_folder"](
+        tmp_path,
+        splits,
+        (shard_folder / "tokenizer.json").read_bytes(),
+        manifest.tokenizer.vocab_size,
+        manifest.tokenizer.eot_id,
+        manifest.chunk_tokens,
+    )
+    summaries, problems = verify_folder(tmp_path)
+    assert (len(summaries), problems) == (2, [])
+    for name, (tokens, _) in splits.items():
+        written = read_manifest(tmp_path)
+        assert read_tokens(tmp_path, written, name).tolist() == tokens.tolist()
+        pairs = zip(written.splits[name].chunks, manifest.splits[name].chunks, strict=True)
+        assert all((mine.tokens, mine.crc32) == (its.tokens, its.crc32) for (_, mine), (_, its) in pairs)
