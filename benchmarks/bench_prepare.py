@@ -99,7 +99,7 @@ class _Cost(NamedTuple):
 
 
 def _turn(case: _Case, baseline: Callable[[], int]) -> tuple[float, float, float]:
-    """Return the rate as a share of the baseline's beside it, the seconds of a start, own seconds per token."""
+    """Return the rate as a share of the baseline's beside it, the seconds of a start, and own ones per token."""
     base, short, long = _cost(baseline), _cost(case.short), _cost(case.long)
     tokens = long.tokens - short.tokens
     per_token_s = (long.all_s - short.all_s) / tokens
@@ -130,21 +130,20 @@ def _tokenizer(bench: PrepareBench, folder: Path) -> Tokenizer:
 
 def _cases(bench: PrepareBench, folder: Path, halves: tuple[list[str], list[str]]) -> Iterator[_Case]:
     corpora = folder / "short", folder / "long"
-    for corpus in corpora:
+    for corpus, texts in zip(corpora, halves, strict=True):
         corpus.mkdir()
+        for layout in bench.layouts:
+            write_corpus(corpus, layout, texts)
+
+    def case(name: str, layout: str, processes: int = 1, encoder: str = "fast") -> _Case:
+        run = partial(_prepare, folder, processes=processes, encoder=encoder)
+        return _Case(name, *(partial(run, corpus / layout) for corpus in corpora), processes)
+
     for layout in bench.layouts:
-        short, long = (
-            write_corpus(corpus, layout, texts) for corpus, texts in zip(corpora, halves, strict=True)
-        )
-        yield _Case(layout, partial(_prepare, folder, short), partial(_prepare, folder, long))
-    first = bench.layouts[0]
-    short, long = (partial(_prepare, folder, corpus / first, encoder="reference") for corpus in corpora)
-    yield _Case(f"{first}, reference encoder", short, long)
+        yield case(layout, layout)
+    yield case(f"{bench.layouts[0]}, reference encoder", bench.layouts[0], encoder="reference")
     for layout in bench.layouts:
-        short, long = (
-            partial(_prepare, folder, corpus / layout, processes=bench.processes) for corpus in corpora
-        )
-        yield _Case(f"{layout}, {bench.processes} processes", short, long, bench.processes)
+        yield case(f"{layout}, {bench.processes} processes", layout, bench.processes)
 
 
 def _prepare(folder: Path, corpus: Path, *, encoder: str = "fast", processes: int = 1) -> int:

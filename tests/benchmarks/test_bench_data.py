@@ -26,7 +26,7 @@ def test_rows_are_compared_with_the_first() -> None:
 
 
 def test_a_start_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a rate that start-up makes look slow: 2 s to start, then 1 s for 10 tokens, half in children."""
+    """Catches a rate that start-up makes look slow: 2 s to start, 1 s for 10 tokens, half in children."""
     clock = [0.0, 0.0]
     monkeypatch.setattr(bench_prepare, "_cpu_s", lambda: tuple(clock))
 
