@@ -99,7 +99,7 @@ class _Cost(NamedTuple):
 
 
 def _turn(case: _Case, baseline: Callable[[], int]) -> tuple[float, float, float]:
-    """Return the rate as a share of the baseline's beside it, the seconds of a start, and own ones per token."""
+    """Return the rate as a share of the baseline's beside it, seconds of a start, and own ones per token."""
     base, short, long = _cost(baseline), _cost(case.short), _cost(case.long)
     tokens = long.tokens - short.tokens
     per_token_s = (long.all_s - short.all_s) / tokens
@@ -137,7 +137,8 @@ def _cases(bench: PrepareBench, folder: Path, halves: tuple[list[str], list[str]
 
     def case(name: str, layout: str, processes: int = 1, encoder: str = "fast") -> _Case:
         run = partial(_prepare, folder, processes=processes, encoder=encoder)
-        return _Case(name, *(partial(run, corpus / layout) for corpus in corpora), processes)
+        short, long = (partial(run, corpus / layout) for corpus in corpora)
+        return _Case(name, short, long, processes)
 
     for layout in bench.layouts:
         yield case(layout, layout)

@@ -102,12 +102,13 @@ def open_corpus(path: str | Path, text_field: str = "text", pattern: str = "*") 
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    if path.is_file():
-        return _corpus(path, (_only_file(path),), text_field)
     if (path / "dataset_dict.json").is_file():
         path = _only_split(path)
-    if (path / "state.json").is_file():
-        return _corpus(path, _saved_files(path), text_field)
+    if path.is_file() or (path / "state.json").is_file():
+        if pattern != "*":
+            raise DataError(f"{path}: --files {pattern} chooses among a folder's files; here they are fixed")
+        files = (_only_file(path),) if path.is_file() else _saved_files(path)
+        return _corpus(path, files, text_field)
     return _corpus(path, FileTree(path, pattern), text_field)
 
 

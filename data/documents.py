@@ -81,9 +81,7 @@ def _parse_rows(item: RawItem, text_field: str) -> Iterator[tuple[str, str]]:
 
     with pyarrow.ipc.open_stream(item.data) as stream:
         column = stream.read_all().column(text_field)
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    for row, data in enumerate(column.cast(pyarrow.large_binary()).to_pylist(), item.first_row):
+    for row, data in enumerate(column.to_pylist(), item.first_row):
         where = f"{item.where}: row {row}"
         if data is None:
             raise DataError(f"{where} has no text in {text_field!r}")

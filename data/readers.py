@@ -177,12 +177,12 @@ def _read_rows(file: CorpusFile, text_field: str) -> Iterator[tuple[RawItem, int
         batches = _parquet_batches(file, text_field) if file.kind == "parquet" else _arrow_batches(file.path)
         for batch, position in batches:
             check_column(batch.schema, text_field, file.path)
-            column = batch.select([text_field])
-            rows = max(1, column.num_rows * ITEM_BYTES // max(column.nbytes, 1))
-            for start in range(0, column.num_rows, rows):
-                data = _to_stream(pyarrow, column.slice(start, rows))
+            column = _sound_column(pyarrow, batch.column(text_field))
+            rows = max(1, len(column) * ITEM_BYTES // max(column.nbytes, 1))
+            for start in range(0, len(column), rows):
+                data = _to_stream(pyarrow, column.slice(start, rows), text_field)
                 yield RawItem(file.path, "arrow", data, len(data), row + start), position
-            row += column.num_rows
+            row += len(column)
 
 
 @contextlib.contextmanager
@@ -236,7 +236,20 @@ def _arrow_batches(path: str) -> Iterator[tuple[Any, int]]:
         view.madvise(mmap.MADV_DONTNEED)
 
 
-def _to_stream(pyarrow: Any, batch: Any) -> bytes:
+def _sound_column(pyarrow: Any, column: Any) -> Any:
+    """Return a column of binary values whose offsets lie inside its data; others would be read anywhere."""
+    column.validate()
+    if pyarrow.types.is_dictionary(column.type):
+        column.validate(full=True)
+        column = column.cast(column.type.value_type)
+    is_large = pyarrow.types.is_large_string(column.type)
+    column = column.view(pyarrow.large_binary() if is_large else pyarrow.binary())
+    column.validate(full=True)
+    return column
+
+
+def _to_stream(pyarrow: Any, column: Any, name: str) -> bytes:
+    batch = pyarrow.record_batch([column], names=[name])
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)

@@ -112,6 +112,8 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"mixed layouts: again\.jsonl is jsonl and train-.* is parquet"):
         open_corpus(tmp_path / "parquet")
     assert read(tmp_path / "parquet", pattern="*.parquet") == TEXTS
+    with pytest.raises(DataError, match=r"again\.jsonl: --files \*\.parquet chooses among"):
+        open_corpus(tmp_path / "parquet" / "again.jsonl", pattern="*.parquet")
     (tmp_path / "parquet" / "again.jsonl").unlink()
     train = tmp_path / "parquet" / "train-00000-of-00002.parquet"
     (tmp_path / "parquet" / "test-00000-of-00001.parquet").write_bytes(train.read_bytes())
@@ -270,6 +272,22 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, layout: str) -> No
     megabytes, grown = map(int, code.stdout.split())
     assert megabytes == 156
     assert grown < (80 if layout == "arrow" else 60)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_offsets_outside_the_data(tmp_path: Path, kind: pa.DataType) -> None:
+    """Catches rows that are read from anywhere in memory, or a crash, because their offsets are damaged."""
+    table = pa.table({"text": pa.array(TEXTS, kind)})
+    path = tmp_path / "a.arrow"
+    with pa.ipc.new_stream(str(path), table.schema) as stream:
+        stream.write_table(table)
+    offsets = bytes(table.column("text").chunk(0).buffers()[1])[: 4 * len(TEXTS)]
+    raw = path.read_bytes()
+    assert raw.count(offsets) == 1
+    place = raw.index(offsets) + len(offsets) // 2
+    path.write_bytes(raw[:place] + b"\xff\xff\xff\x7f" + raw[place + 4 :])
+    with pytest.raises(DataError, match=r"a\.arrow: damaged arrow file"):
+        read(path)
 
 
 def test_listing_a_folder_holds_no_names(tmp_path: Path) -> None:
