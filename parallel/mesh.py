@@ -37,7 +37,7 @@ class Mesh:
     tp: DeviceMesh | None
     """1-D mesh of the tensor-parallel group; None when it is one rank."""
 
-    ranks_per_node: int
+    ranks_per_node: int = 1
     """Ranks of this machine, whose numbers follow each other."""
 
 

@@ -93,7 +93,8 @@ class Book:
 
     def run_beside(self) -> None:
         """What the moments so far needed beyond what lives on may now be alive at any other moment."""
-        self._beside = max(moment.total for moment in self.moments) - sum(self._held.values())
+        lasting = sum(size for name, size in self._held.items() if name not in self._offloaded)
+        self._beside = max(moment.total for moment in self.moments) - lasting
 
     def note(self, moment: str, workspace: int = 0, **temporaries: int) -> None:
         """A moment at which ``temporaries`` are alive too."""
