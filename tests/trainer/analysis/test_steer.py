@@ -19,9 +19,10 @@ from trainer.analysis.steer import (
     parse_steer,
 )
 from trainer.concepts.sae import TopKSae
-from trainer.model.cocomix import CONCEPT_POSITIONS, CoCoMix, interleave
+from trainer.model.cocomix import CoCoMix
 from trainer.model.decoding import Decoder
 from trainer.model.gpt2 import GPT2
+from trainer.model.mixing import interleave
 
 CPU = torch.device("cpu")
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -49,7 +50,7 @@ def student_oracle(model: CoCoMix, ids: list[int], strengths: dict[int, float], 
     weight = mixer.compress_weight[: mixer.num_concepts]
     q = (kept @ weight + mixer.compress_bias + mixer.pre_bias) * std + mean
     x = model.run_blocks(interleave(h, q), model.insert_layer, model.config.n_layer)
-    return model.head_logits(x[:, CONCEPT_POSITIONS], len(ids), last_only=True)[0, -1]
+    return model.head_logits(x[:, 1::2], len(ids), last_only=True)[0, -1]
 
 
 def teacher_oracle(
