@@ -43,6 +43,7 @@ def run(config: RunConfig, world: World) -> list[tuple[dict[str, float], int, in
             parts.objective,
             parts.mesh,
             next(parts.loader),
+            step=step - 1,
             microbatch_size=config.train.microbatch_size,
             tokens_per_step=config.tokens_per_step,
             lr=1e-2,
@@ -61,7 +62,8 @@ def run(config: RunConfig, world: World) -> list[tuple[dict[str, float], int, in
                 world_size=parts.mesh.dp_size,
             )
             rows = config.train.microbatch_size
-            note(validate(parts.engine, parts.objective, parts.mesh, batches, rows, world.device))
+            place = (parts.mesh, batches, rows, world.device)
+            note(validate(parts.engine, parts.objective, *place, step=step))
     return history
 
 

@@ -187,6 +187,7 @@ def train(
                 parts.objective,
                 parts.mesh,
                 next(parts.loader),
+                step=0,
                 microbatch_size=config.train.microbatch_size,
                 tokens_per_step=config.tokens_per_step,
                 lr=1e-2,
