@@ -68,7 +68,7 @@ def _check_kind(model: GPT2) -> None:
     if not known:
         kind = type(model).__name__ if insertion is None else " ".join(map(str, describe(insertion)))
         raise ValueError(
-            f"{kind} cannot be exported: other programs know GPT-2 and CoCoMix with a concept interleaved "
+            f"a {kind} cannot be exported: other programs know GPT-2 and CoCoMix with a concept interleaved "
             "after every token"
         )
 
