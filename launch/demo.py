@@ -62,7 +62,7 @@ def plan(out: Path, processes: int, extra: Sequence[str] = ()) -> list[Stage]:
         out / "ntp",
         "demo_ntp",
         "the next-token student: as many parameters, the same tokens",
-        overrides=(*extra, f"--data.dir={out / 'data'}"),
+        overrides=(*extra, f"--data.dir={out / 'data'}", f"--kd.teacher={out / 'teacher' / 'model'}"),
         inputs=(tokens,),
         ranks=processes,
     )

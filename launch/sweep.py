@@ -96,16 +96,21 @@ def _student(
         ranks=processes,
     )
     assert stage.config is not None
-    if stage.config.concepts is None:
+    if stage.config.concepts is None and stage.config.kd is None:
         return stage
+    paths = placed(base) if stage.config.kd is None else (f"--data.dir={base / 'data'}", _kd_teacher(base))
     return training_stage(
         out / f"{setting.name}_seed{seed}",
         setting.config,
         stage.title,
-        overrides=[*own, *placed(base)],
+        overrides=[*own, *paths],
         inputs=made,
         ranks=processes,
     )
+
+
+def _kd_teacher(base: Path) -> str:
+    return f"--kd.teacher={base / 'teacher' / 'model'}"
 
 
 def _comparison(out: Path, sweep: SweepConfig, students: Sequence[Stage]) -> Stage:
