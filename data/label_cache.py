@@ -130,7 +130,7 @@ class LabelCache:
         return max(self.chunk_bytes(split, number) for number in range(len(self.splits[split])))
 
     def read_chunk(self, split: str, number: int, buffer: memoryview | None = None) -> np.ndarray:
-        """Return the ids of one chunk, (windows * T, A) uint16, ``MASKED_ID`` where there is no target.
+        """Return the ids of one chunk, (windows, T, A) uint16, ``MASKED_ID`` where there is no target.
 
         Args:
             split: name of the split.
@@ -145,7 +145,7 @@ class LabelCache:
         data = self._storage.read_range(name, 0, size, buffer)
         if digest_of(data) != self.splits[split][number].digest:
             raise DataError(f"{self.place}/{name}: damaged: its XXH3 is not the one in its name")
-        return np.frombuffer(data, dtype="<u2").reshape(-1, self.settings.num_targets)
+        return np.frombuffer(data, dtype="<u2").reshape(-1, *self.settings.window_shape)
 
     def check(self, wanted: LabelSettings) -> None:
         """Refuse labels that were made from something else, or with files missing where that is cheap to see.

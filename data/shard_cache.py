@@ -13,7 +13,7 @@ from pathlib import Path
 import xxhash
 from filelock import FileLock, Timeout
 
-from data.storage import Storage
+from data.storage import Storage, new_buffer
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class CachedStorage:
 
 def _read_checked(path: Path, size: int, buffer: memoryview | None) -> memoryview | None:
     """Return a file's range and mark it as used; ``None`` if it is missing, cut short or damaged."""
-    data = (memoryview(bytearray(size)) if buffer is None else buffer)[:size]
+    data = (new_buffer(size) if buffer is None else buffer)[:size]
     try:
         with open(path, "rb", buffering=0) as file:
             found = file.readinto(data)

@@ -22,7 +22,7 @@ from webdataset.tariterators import group_by_keys
 
 from data.label_cache import LabelCache
 from data.manifest import BYTES_PER_TOKEN, TAR_BLOCK, Chunk, DataError, Manifest, Shard
-from data.storage import Storage
+from data.storage import Storage, new_buffer
 
 PAYLOAD_KEY = "tokens"
 
@@ -66,7 +66,9 @@ def read_windows(
     chunks = manifest.splits[split].chunks
     tokens = OpenChunks(
         max(chunk.member_bytes(manifest.dtype) for _, chunk in chunks),
-        lambda number, buffer: read_chunk(storage, manifest.dtype, *chunks[number], buffer),
+        lambda number, buffer: window_view(
+            read_chunk(storage, manifest.dtype, *chunks[number], buffer), seq_len
+        ),
     )
     targets = None
     if labels is not None:
@@ -78,10 +80,7 @@ def read_windows(
         for step, missing, unused in _plan(steps, keep_steps):
             for opened in both:
                 opened.open(missing, read_all)
-            yield Windows(
-                tokens.gather(step, seq_len, seq_len + 1),
-                None if targets is None else targets.gather(step, seq_len, seq_len),
-            )
+            yield Windows(tokens.gather(step), None if targets is None else targets.gather(step))
             for opened in both:
                 opened.close(unused)
 
@@ -94,42 +93,39 @@ class OpenChunks:
 
         Args:
             size: bytes of the largest chunk.
-            read: returns a chunk's entries; may read them into the ``size`` bytes that it is given.
+            read: returns a chunk's windows, (windows, ...); may read into the bytes that it is given.
         """
         self._size, self._read = size, read
-        self._entries: dict[int, np.ndarray] = {}
+        self._windows: dict[int, np.ndarray] = {}
         self._buffers: dict[int, memoryview] = {}
         self._free: list[memoryview] = []
 
     def open(self, numbers: Sequence[int], read_all: Callable[..., Iterable[np.ndarray]]) -> None:
         """Read chunks with ``read_all``, which is ``map`` or does as ``map`` does."""
-        buffers = [self._free.pop() if self._free else memoryview(bytearray(self._size)) for _ in numbers]
+        buffers = [self._free.pop() if self._free else new_buffer(self._size) for _ in numbers]
         self._buffers.update(zip(numbers, buffers, strict=True))
-        self._entries.update(zip(numbers, read_all(self._read, numbers, buffers), strict=True))
+        self._windows.update(zip(numbers, read_all(self._read, numbers, buffers), strict=True))
 
     def close(self, numbers: Iterable[int]) -> None:
         """Forget chunks."""
         for number in numbers:
-            del self._entries[number]
+            del self._windows[number]
             self._free.append(self._buffers.pop(number))
 
-    def gather(self, step: Step, stride: int, length: int) -> np.ndarray:
-        """Copy windows out of open chunks.
-
-        Args:
-            step: which windows; window w starts at entry ``w * stride``.
-            stride: entries from the start of one window to the next.
-            length: entries of a window.
-
-        Returns:
-            (rows, length, ...) of the entries' dtype.
-        """
-        like = self._entries[int(step[0, 1])]
-        out = np.empty((len(step), length, *like.shape[1:]), dtype=like.dtype)
+    def gather(self, step: Step) -> np.ndarray:
+        """Copy the windows of a step out of open chunks, (rows, ...) of their dtype."""
+        like = self._windows[int(step[0, 1])]
+        out = np.empty((len(step), *like.shape[1:]), dtype=like.dtype)
         for row, (_, chunk, window) in enumerate(step.tolist()):
-            start = window * stride
-            out[row] = self._entries[chunk][start : start + length]
+            out[row] = self._windows[chunk][window]
         return out
+
+
+def window_view(tokens: np.ndarray, seq_len: int) -> np.ndarray:
+    """The windows of a chunk's tokens without a copy, (windows, T + 1); neighbours share a token."""
+    shape = ((len(tokens) - 1) // seq_len, seq_len + 1)
+    strides = (seq_len * tokens.itemsize, tokens.itemsize)
+    return np.lib.stride_tricks.as_strided(tokens, shape, strides, writeable=False)
 
 
 def read_chunk(
