@@ -71,7 +71,13 @@ def run(config: RunConfig, world: World) -> list[tuple[dict[str, float], int, in
 # microbatch, the last block, the teacher's two halves and a forward without gradients have their own.
 CASES: dict[str, tuple[int, str, dict[str, Any], int, int]] = {
     "one": (1, "cocomix", {"train__batch_size": 3}, 8, 2),
-    "fsdp2, selective": (2, "cocomix", {"train__batch_size": 4, "parallel__recompute": "selective"}, 4, 2),
+    "fsdp2, selective": (
+        2,
+        "cocomix",
+        {"train__batch_size": 4, "parallel__recompute": "selective", "parallel__shard_teacher": True},
+        4,
+        2,
+    ),
     "tp2, full": (
         2,
         "cocomix",
