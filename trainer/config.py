@@ -103,7 +103,8 @@ class ConceptsConfig:
     their own (on a CPU one after the other); costs the memory of both at once. Needs a teacher that no
     ranks share: ``parallel.tp=1`` and ``parallel.shard_teacher=false``."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the frozen teacher; the SAE's latents are selected from its residual."""
+    """Precision of the frozen teacher; the SAE's latents are selected from its residual. The SAE stays fp32;
+    with ``bf16`` a GPU takes its encoder's product as a sum of bf16 ones, with errors of 2**-16."""
     teacher_width: int = 768
     """Width D_t of the teacher; read by ``objective.regression`` alone, and must be right there."""
 

@@ -45,7 +45,7 @@ def measure(
     """One student: equal microbatch with its parts and variants, then ever larger microbatches."""
     effort = Effort(0.1, 20.0, 4) if dry_run else Effort(4.0, 60.0, MOST_ROWS)
     rows = 2 if dry_run else EQUAL_ROWS[size]
-    overrides = [f"--parallel.compile={str(compiled).lower()}"] if compiled else []
+    overrides = [f"--parallel.compile={str(compiled).lower()}"]
     config = load_student(size, kind, dry_run=dry_run, overrides=overrides)
     started = time.monotonic()
     start_world("cuda" if device.type == "cuda" else "cpu", timeout_s=120.0)

@@ -32,7 +32,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import trainer.kernels.chunks
-import trainer.kernels.topk
 from data.batch import Batch
 from launch.planning.forecast import Plan
 from launch.planning.layout import Cluster
@@ -333,7 +332,7 @@ def _fake_world(cluster: Cluster) -> Iterator[World]:
 
 @contextmanager
 def _as_on_a_gpu(meter: Meter) -> Iterator[None]:
-    """A GPU's chunks of logits and order of ties; in-place frees are seen, DTensor's inference is not."""
+    """A GPU's chunks of logits; in-place frees are seen, DTensor's inference is not."""
     resize = torch.UntypedStorage.resize_
     infer = ShardingPropagator._propagate_tensor_meta_non_cached
 
@@ -346,10 +345,9 @@ def _as_on_a_gpu(meter: Meter) -> Iterator[None]:
         with meter.muted():
             return infer(*args, **kwargs)
 
-    chunks, topk = trainer.kernels.chunks, trainer.kernels.topk
+    chunks = trainer.kernels.chunks
     with ExitStack() as stack:
         stack.enter_context(_replaced(chunks, "_CPU_ELEMENTS", chunks._CUDA_ELEMENTS))
-        stack.enter_context(_replaced(topk, "order_ties", lambda _, __, *best: topk.sorted_by_id(*best)))
         stack.enter_context(_replaced(chunks, "_CPU_BLOCK_ELEMENTS", chunks._CUDA_BLOCK_ELEMENTS))
         # Its products have copies that a GPU's have not.
         stack.enter_context(_replaced(torch.backends.mkldnn, "enabled", False))

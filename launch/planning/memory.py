@@ -220,7 +220,8 @@ def _extraction(book: Book, config: RunConfig, layout: Layout, teacher: Teacher,
     latents = latents_held(concepts, parallel)
     book.note(
         "targets: the autoencoder",
-        workspace=FP32 * SAE_CHUNK_ROWS * latents,
+        # The encoder as three bf16 matrices (trainer.kernels.split_bf16).
+        workspace=3 * 2 * latents * teacher.d_model if element < FP32 else 0,
         extraction=streams + 3 * FP32 * tokens * teacher.d_model + (FP32 + INT64) * tokens * concepts.top_k,
         extraction_logits=FP32 * min(SAE_CHUNK_ROWS, tokens) * latents,
     )

@@ -118,6 +118,7 @@ class TargetExtractor:
             )
         self.teacher = teacher
         self.sae = sae
+        self.sae.split_products = config.precision == "bf16"
         self.config = config
 
     @classmethod

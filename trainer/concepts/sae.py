@@ -5,6 +5,8 @@ Shapes: N tokens, D_t teacher width, M latents, K active latents per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from parallel.tensor import TensorGroup, local
 from trainer.kernels.columns import LocalColumns
 from trainer.kernels.matmul import linear
-from trainer.kernels.topk import join, merge_top_k, pick
+from trainer.kernels.split_bf16 import SplitWeight
+from trainer.kernels.spread_topk import join, merge_top_k, pick
 
 STANDARDIZE_EPS = 1e-5
 """Added to the standard deviation, outside the root, as the published dictionaries were trained."""
@@ -43,6 +46,8 @@ class TopKSae(nn.Module):
         top_k: K.
         tp: the ranks that hold the other rows; alone by default.
         normalize: whether residuals are standardised per token; otherwise ``x_n`` is the residual.
+        split_products: whether a GPU encodes by ``trainer.kernels.split_bf16`` where weights are fp32: on
+            tensor cores, with errors of 2**-16 instead of 2**-24.
 
     All weights are zero until a loader or an initialisation fills them.
     """
@@ -77,6 +82,7 @@ class TopKSae(nn.Module):
         self.num_latents = num_latents
         self.top_k = top_k
         self.normalize = normalize
+        self.split_products = False
         self.tp = TensorGroup()
         self.pre_bias = nn.Parameter(torch.zeros(width, device=device))
         self.latent_bias = nn.Parameter(torch.zeros(num_rows, device=device))
@@ -143,16 +149,20 @@ class TopKSae(nn.Module):
         """
         x_n = self.standardize(x)[0].reshape(-1, self.width)
         chunks = torch.split(x_n - local(self.pre_bias).float(), chunk_rows)
+        score = self._scorer()
         # A name for the pre-activations would keep one chunk's alive beside the next one's.
-        picks = [pick(self._preactivations(rows), self.top_k, self.columns) for rows in chunks]
+        picks = [pick(score(rows), self.top_k, self.columns) for rows in chunks]
         (best,) = merge_top_k([join(picks)], [self.top_k], self.tp)
         shape = (*x.shape[:-1], self.top_k)
         return best.values.relu().view(shape), best.ids.view(shape)
 
-    def _preactivations(self, centered: Tensor) -> Tensor:
-        """Of the latents that this rank holds, (n, M/tp) fp32."""
-        scores = preactivations(centered, local(self.encoder.weight), local(self.latent_bias))
-        return self.columns.mask_padding_(scores)
+    def _scorer(self) -> Callable[[Tensor], Tensor]:
+        """Centered residuals (n, D_t) -> pre-activations (n, M/tp) fp32 of the latents that are here."""
+        weight, bias, columns = local(self.encoder.weight), local(self.latent_bias), self.columns
+        if self.split_products and weight.device.type == "cuda" and weight.dtype == torch.float32:
+            split = SplitWeight(weight)
+            return lambda rows: columns.mask_padding_(split.product(rows).add_(bias))
+        return lambda rows: columns.mask_padding_(preactivations(rows, weight, bias))
 
     def decode(self, values: Tensor, ids: Tensor) -> Tensor:
         """Standardised residual of sparse latents: ``sum_k values_k * decoder[ids_k] + pre_bias``.

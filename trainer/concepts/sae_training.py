@@ -27,7 +27,8 @@ from parallel.tensor import local
 from trainer.concepts.sae import TopKSae, preactivations, sum_of_rows
 from trainer.config import SaeConfig
 from trainer.kernels.columns import LocalColumns
-from trainer.kernels.topk import TopK, join, merge_top_k, pick
+from trainer.kernels.spread_topk import join, merge_top_k, pick
+from trainer.kernels.topk import TopK
 from trainer.model.padding import padded
 
 TENSOR_DIMS = MappingProxyType({"encoder.weight": 0, "latent_bias": 0, "decoder": 0})

@@ -68,7 +68,12 @@ def _target_sum(logits: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k == 0:
         return logits[:, :0], logits.new_empty(len(logits), 0, dtype=torch.int64)
-    return topk.top_k(logits, k)
+    return largest(logits, k)
+
+
+def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See :func:`trainer.kernels.ops.top_k`."""
+    return topk.top_k(scores, k)
 
 
 def _joined(blocks: list[_Summary]) -> _Summary:

@@ -104,6 +104,18 @@ def logit_gradient_(logits: Tensor, lse: Tensor, index: Tensor, weights: Tensor,
     )
 
 
+@torch.library.custom_op("cocomix::top_k", mutates_args=())
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of scores (n, C), largest first, and their columns: (n, k), (n, k) int64.
+
+    Of equal scores those with the smaller columns are taken and come first, but for -inf, whose columns are
+    any. ``k`` is at least 1 and at most C.
+    """
+    scores = scores.contiguous()
+    values, ids = _for_logits(scores).largest(scores, k)
+    return values.contiguous(), ids.contiguous()
+
+
 def _summary(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows = logits.shape[0]
     return (
@@ -124,6 +136,11 @@ def _(
 @summarise.register_fake
 def _(logits: Tensor, index: Tensor, weights: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _summary(logits, top_k)
+
+
+@top_k.register_fake
+def _(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return scores.new_empty(len(scores), k), scores.new_empty(len(scores), k, dtype=torch.int64)
 
 
 @logit_gradient_.register_fake

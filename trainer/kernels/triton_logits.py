@@ -242,6 +242,13 @@ def summarise(logits: Tensor, index: Tensor, weights: Tensor, top_k: int) -> tup
     return _pass(logits, index, weights, weights, top_k, with_gradient=False)
 
 
+def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See :func:`trainer.kernels.ops.top_k`."""
+    no_weight = scores.new_empty(len(scores), 0, dtype=torch.float32)
+    _, _, values, ids = _pass(scores, no_weight.long(), no_weight, no_weight, k, with_gradient=False)
+    return values, ids
+
+
 def logit_gradient_(logits: Tensor, lse: Tensor, index: Tensor, weights: Tensor, total: Tensor) -> None:
     """See :func:`trainer.kernels.ops.logit_gradient_`."""
     num_rows, num_columns = logits.shape

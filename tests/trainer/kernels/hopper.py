@@ -74,6 +74,7 @@ def launches() -> None:
     for logits in (bf16(n, concepts), fp32(n, concepts)):
         triton_logits.logit_pass_(logits, ids(n, 4), fp32(n, 4), fp32(n, 1), top_k)
     triton_logits.logit_pass_(bf16(n, vocab), ids(n, 1), fp32(n, 1), fp32(n, 1), 0)
+    triton_logits.largest(fp32(1024, concepts), top_k)
     triton_logits.summarise(bf16(n, concepts // 2), ids(n, 4), fp32(n, 4), top_k)
     triton_logits.logit_gradient_(bf16(n, vocab // 2), fp32(n, 1), ids(n, 1), fp32(n, 1), fp32(n, 1))
     triton_sparse.sparse_sums(bf16(n, top_k), ids(n, top_k), bf16(concepts, width))

@@ -130,6 +130,9 @@ def test_the_smaller_id_wins_a_tie(implementation: str, dtype: torch.dtype) -> N
     index, weights, total = _targets(4, 1, 200)
     expected = reference.summarise(logits, index, weights, 7)
     _assert_equal_summaries(ops.summarise(logits, index, weights, 7), expected)
+    best = ops.top_k(logits, 7)
+    assert torch.equal(best[0], expected[2])
+    assert torch.equal(best[1], expected[3])
     _assert_equal_summaries(ops.logit_pass_(logits, index, weights, total, 7), expected)
 
 
@@ -225,6 +228,7 @@ def _samples() -> list[tuple[Callable[..., object], tuple[object, ...]]]:
         (ops.logit_pass_, (logits.clone(), index, weights, total, 5)),
         (ops.logit_pass_, (logits.clone(), index, weights, total, 0)),
         (ops.summarise, (logits, index, weights, 5)),
+        (ops.top_k, (logits, 5)),
         (ops.logit_gradient_, (logits.clone(), lse, index, weights, total)),
         (ops.sparse_sums, (values, ids, weight)),
         (ops.sparse_dots, (rows, ids, weight)),
@@ -233,7 +237,7 @@ def _samples() -> list[tuple[Callable[..., object], tuple[object, ...]]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(9))
 def test_operators_are_what_they_say(number: int) -> None:
     """Catches a wrong shape function, an undeclared mutation, and what torch.compile cannot trace."""
     operator, arguments = _samples()[number]

@@ -11,7 +11,8 @@ from parallel.tensor import TensorGroup
 from parallel.world import World
 from tests.ranks import run_ranks
 from trainer.kernels.columns import LocalColumns
-from trainer.kernels.topk import TopK, join, merge_top_k, pick, sorted_by_id, top_k
+from trainer.kernels.spread_topk import join, merge_top_k, pick
+from trainer.kernels.topk import TopK, sorted_by_id, top_k
 
 
 def scores_with_ties(num_rows: int, num_columns: int, num_levels: int, *, seed: int = 0) -> Tensor:
