@@ -434,7 +434,7 @@ class RunConfig:
                         "an autoencoder has no blocks"
                     )
         if concepts is not None and objective.name == "cocomix":
-            self._check_ahead(concepts)
+            self._check_ahead(concepts, objective)
         ablation = f"objective.regression={objective.regression}"
         if objective.name != "cocomix":
             schedule = f"objective.concept_weight_schedule={objective.concept_weight_schedule}"
@@ -460,10 +460,16 @@ class RunConfig:
                     f"and no concept, leave it at {default}"
                 )
 
-    def _check_ahead(self, concepts: ConceptsConfig) -> None:
+    def _check_ahead(self, concepts: ConceptsConfig, objective: ObjectiveConfig) -> None:
         """Collectives on two streams have no common order over the ranks, which would wait for ever."""
         if not concepts.ahead:
             return
+        if objective.regression != "none" or objective.concept_weight == 0:
+            raise ValueError(
+                "concepts.ahead=true needs targets that are concepts: objective.regression=none, "
+                f"not {objective.regression}, and objective.concept_weight above 0, "
+                f"not {objective.concept_weight}"
+            )
         if concepts.source == "cache":
             raise ValueError(
                 "concepts.ahead=true needs concepts.source=teacher: stored targets are only read"

@@ -57,7 +57,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
-    "fsdp2": (2, {}),
+    "fsdp2": (2, {"parallel__recompute": "full"}),
     "tp2": (2, {"parallel__tp": 2}),
 }
 STEPS = 5
@@ -335,6 +335,16 @@ def test_targets_of_every_third_token_are_those_of_that_token(selection: str, ti
 # Refusals
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "cocomix",
+        {"concepts__ahead": True, "objective__regression": "l1"},
+        "needs targets that are concepts: objective.regression=none, not l1",
+    ),
+    (
+        "cocomix",
+        {"concepts__ahead": True, "objective__concept_weight": 0.0},
+        "and objective.concept_weight above 0, not 0.0",
+    ),
     ("kd", {}, "kd: section is missing, objective.name=kd needs it"),
     ("pause", {}, "pause: section is missing"),
     ("kd", {"kd__teacher": "t", "kd__weight": 0.0}, "kd.weight=0.0 must be above 0"),
