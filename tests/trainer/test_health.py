@@ -43,8 +43,8 @@ def poisoned(calls: set[int], value: float, rank: int = 0) -> type[NextToken]:
         def __init__(self) -> None:
             self.calls = 0
 
-        def __call__(self, model: nn.Module, batch: Batch, *, detail: bool) -> LossTerms:
-            terms = super().__call__(model, batch, detail=detail)
+        def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
+            terms = super().__call__(model, batch, step=step, detail=detail)
             if not model.training:
                 return terms
             self.calls += 1
