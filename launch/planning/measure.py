@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import trainer.kernels.chunks
+import trainer.kernels.split_bf16
 from data.batch import Batch
 from launch.planning.forecast import Plan
 from launch.planning.layout import Cluster
@@ -332,7 +333,7 @@ def _fake_world(cluster: Cluster) -> Iterator[World]:
 
 @contextmanager
 def _as_on_a_gpu(meter: Meter) -> Iterator[None]:
-    """A GPU's chunks of logits; in-place frees are seen, DTensor's inference is not."""
+    """A GPU's chunks of logits and products; in-place frees are seen, DTensor's inference is not."""
     resize = torch.UntypedStorage.resize_
     infer = ShardingPropagator._propagate_tensor_meta_non_cached
 
@@ -349,6 +350,7 @@ def _as_on_a_gpu(meter: Meter) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_replaced(chunks, "_CPU_ELEMENTS", chunks._CUDA_ELEMENTS))
         stack.enter_context(_replaced(chunks, "_CPU_BLOCK_ELEMENTS", chunks._CUDA_BLOCK_ELEMENTS))
+        stack.enter_context(_replaced(trainer.kernels.split_bf16, "on_tensor_cores", lambda _: True))
         # Its products have copies that a GPU's have not.
         stack.enter_context(_replaced(torch.backends.mkldnn, "enabled", False))
         stack.enter_context(_replaced(torch.UntypedStorage, "resize_", metered_resize))

@@ -212,18 +212,17 @@ def _extraction(book: Book, config: RunConfig, layout: Layout, teacher: Teacher,
         extraction_logits=element * chunk_rows(tokens, columns) * columns,
         teacher_gathered=element * _teacher_gathered(teacher, layout) if parallel.shard_teacher else 0,
     )
-    streams = 2 * stream
-    if parallel.shard_sae:
-        # The residuals and gradients of this rank's rows, and those of all rows.
-        streams += 2 * stream + 2 * element * rows * config.data.seq_len * teacher.d_model
+    if parallel.shard_sae:  # what was read of this rank's rows is gone when that of all rows is here
         tokens = rows * config.data.seq_len
-    latents = latents_held(concepts, parallel)
+    streams = 2 * element * tokens * teacher.d_model
+    latents, chunk = latents_held(concepts, parallel), min(SAE_CHUNK_ROWS, tokens)
+    # The encoder as three bf16 matrices; a chunk's rows as three and as the two that they are made of.
+    split = 2 * (3 * latents + 5 * chunk) * teacher.d_model if element < FP32 else 0
     book.note(
         "targets: the autoencoder",
-        # The encoder as three bf16 matrices (trainer.kernels.split_bf16).
-        workspace=3 * 2 * latents * teacher.d_model if element < FP32 else 0,
         extraction=streams + 3 * FP32 * tokens * teacher.d_model + (FP32 + INT64) * tokens * concepts.top_k,
-        extraction_logits=FP32 * min(SAE_CHUNK_ROWS, tokens) * latents,
+        extraction_encoder=split,
+        extraction_logits=FP32 * chunk * latents,
     )
 
 

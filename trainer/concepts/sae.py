@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.tensor import TensorGroup, local
+from trainer.kernels import split_bf16
 from trainer.kernels.columns import LocalColumns
 from trainer.kernels.matmul import linear
-from trainer.kernels.split_bf16 import SplitWeight
 from trainer.kernels.spread_topk import join, merge_top_k, pick
 
 STANDARDIZE_EPS = 1e-5
@@ -159,8 +159,8 @@ class TopKSae(nn.Module):
     def _scorer(self) -> Callable[[Tensor], Tensor]:
         """Centered residuals (n, D_t) -> pre-activations (n, M/tp) fp32 of the latents that are here."""
         weight, bias, columns = local(self.encoder.weight), local(self.latent_bias), self.columns
-        if self.split_products and weight.device.type == "cuda" and weight.dtype == torch.float32:
-            split = SplitWeight(weight)
+        if self.split_products and split_bf16.on_tensor_cores(weight) and weight.dtype == torch.float32:
+            split = split_bf16.SplitWeight(weight)
             return lambda rows: columns.mask_padding_(split.product(rows).add_(bias))
         return lambda rows: columns.mask_padding_(preactivations(rows, weight, bias))
 

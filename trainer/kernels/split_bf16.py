@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 
+def on_tensor_cores(x: Tensor) -> bool:
+    """Whether products of bf16 tensors on a tensor's device are summed and returned in fp32 at once."""
+    return x.device.type == "cuda"
+
+
 class SplitWeight:
     """A weight (m, k) fp32, for products with rows (n, k) fp32."""
 
@@ -25,7 +30,7 @@ class SplitWeight:
         """``rows @ weight.T``, (n, m) fp32, not differentiable."""
         high, low = _split(rows)
         parts = torch.cat((high, high, low), dim=1)
-        if parts.device.type == "cuda":
+        if on_tensor_cores(parts):
             return torch.mm(parts, self._parts.t(), out_dtype=torch.float32)
         return parts.float() @ self._parts.t().float()  # products of bf16 numbers are exact in fp32
 
