@@ -97,6 +97,7 @@ def write_random_labels(folder: Path, manifest: Manifest) -> LabelCache:
         sae_layer=5,
         attribution="signed",
         mask_non_positive=True,
+        mask_documents=False,
         precision="bf16",
         arithmetic=1,
         rows_per_pass=None,

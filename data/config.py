@@ -21,6 +21,10 @@ class DataConfig:
     seq_len: int
     """Tokens per sequence, T. Must divide the manifest's chunk length."""
 
+    mask_documents: bool = False
+    """Keep the documents of a sequence apart: attention and positions, of student and teacher, begin anew
+    behind each end-of-text token, and that token predicts nothing."""
+
     seed: int = 0
     """Seed of the order of chunks and windows; another seed is another order of the same windows."""
 

@@ -55,6 +55,8 @@ class LabelSettings:
     """Which active latents are targets."""
     attribution: str
     mask_non_positive: bool
+    mask_documents: bool
+    """Whether the teacher read each document as if it were alone."""
     precision: str
     arithmetic: int
     """Version of the computation; another one gives other ids from the same inputs."""
@@ -215,6 +217,7 @@ def write_labels(folder: Path, settings: LabelSettings, splits: Splits) -> None:
 def settings_from_json(body: Mapping[str, Any]) -> LabelSettings:
     """Inverse of ``asdict``; raises KeyError or TypeError for anything else."""
     kinds = get_type_hints(LabelSettings)
+    body = {"mask_documents": False, **body}  # labels that were made before there was a choice
     for name, kind in kinds.items():
         if not isinstance(body[name], kind):
             raise TypeError(f"{name}={body[name]!r} is not a setting of labels")

@@ -128,7 +128,8 @@ def _build_objective(
     assert config.model is not None
     with torch.device("meta"):
         student = build_student(config.model, config.insertion)
-    objective, teacher, sae = _build_loss(config, world.device, tensor_group(mesh))
+    end_id = document_end(config, manifest)
+    objective, teacher, sae = _build_loss(config, world.device, tensor_group(mesh), end_id)
     if teacher is not None:
         ((key, path), *_) = config.frozen_models.items()
         check_vocabulary(teacher, manifest.tokenizer.vocab_size, config.data.seq_len, path, key=key)
@@ -147,8 +148,13 @@ def _build_objective(
     return student, objective, flops
 
 
+def document_end(config: RunConfig, manifest: Manifest) -> int | None:
+    """The token between documents that do not see each other, ``None`` where they do."""
+    return manifest.tokenizer.eot_id if config.data.mask_documents else None
+
+
 def _build_loss(
-    config: RunConfig, device: torch.device, tp: TensorGroup
+    config: RunConfig, device: torch.device, tp: TensorGroup, end_id: int | None
 ) -> tuple[Objective, GPT2 | None, TopKSae | None]:
     """What a language model minimises, with the frozen models that it reads."""
     objective, concepts, insertion = config.objective, config.concepts, config.insertion
@@ -156,10 +162,10 @@ def _build_loss(
         assert config.model is not None
         assert config.kd is not None
         distribution = DistributionExtractor.load(config.kd, config.model.vocab_size, device, tp)
-        return DistillationLoss(distribution), distribution.teacher, None
+        return DistillationLoss(distribution, end_id), distribution.teacher, None
     if concepts is None or not (config.frozen_models or config.reads_labels):
-        return NextToken(), None, None
-    weighting = (objective, config.train.steps, concepts.every)
+        return NextToken(end_id), None, None
+    weighting = (objective, config.train.steps, concepts.every, end_id)
     if config.reads_labels:
         return CoCoMixLoss(None, *weighting), None, None
     if isinstance(insertion, RegressionInsertion):
@@ -189,7 +195,8 @@ def _build_sae(
     check_vocabulary(teacher, vocab_size, config.data.seq_len, path, key="sae.teacher")
     flops = sae_flops_per_token(config.sae, _shape(teacher), config.data.seq_len)
     learner = SaeLearner(teacher.config.d_model, config.sae, device="meta")
-    objective = SaeLoss(teacher, config.sae.layer, config.tokens_per_step, tensor_group(mesh))
+    end_id = document_end(config, manifest)
+    objective = SaeLoss(teacher, config.sae.layer, config.tokens_per_step, tensor_group(mesh), end_id)
     return learner, objective, flops
 
 

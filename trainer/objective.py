@@ -25,6 +25,7 @@ from trainer.concepts.states import DistributionExtractor, StateExtractor
 from trainer.config import ObjectiveConfig
 from trainer.kernels.reference import IGNORED_LABEL, MASKED_TARGET
 from trainer.metrics.sums import Mean
+from trainer.model.documents import Inputs, split_windows
 from trainer.model.gpt2 import GPT2, ModelOutput
 
 
@@ -63,6 +64,10 @@ class Objective(Protocol):
         """
         ...
 
+    def count(self, batch: Batch) -> Tensor | None:
+        """() tokens of this rank's rows that have a loss; ``None`` where all of them have, always."""
+        ...
+
     def prepare(self, batch: Batch | None) -> None:
         """Called with the microbatch behind the next one, if it is known: what needs no weights can begin."""
         ...
@@ -80,18 +85,43 @@ class Objective(Protocol):
         ...
 
 
-def split_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Inputs and next tokens, both (b, T) int64; rows that do not count get no label."""
-    tokens = batch.tokens.long()
-    input_ids, labels = tokens[:, :-1], tokens[:, 1:]
-    if batch.num_rows < len(labels):
-        labels = labels.clone()
-        labels[batch.num_rows :] = IGNORED_LABEL
-    return input_ids, labels
+def split_tokens(batch: Batch, document_end: int | None = None) -> Inputs:
+    """Inputs and next tokens, both (b, T) int64; rows that do not count get no label.
+
+    Args:
+        batch: windows.
+        document_end: as for :func:`trainer.model.documents.split_windows`.
+    """
+    inputs = split_windows(batch.tokens.long(), document_end)
+    if batch.num_rows == len(inputs.labels):
+        return inputs
+    labels = inputs.labels.clone()
+    labels[batch.num_rows :] = IGNORED_LABEL
+    return inputs._replace(labels=labels)
 
 
-class _NoHooks:
-    """An objective that prepares nothing, varies nothing and changes nothing around the optimizer step."""
+class _TextLoss:
+    """An objective of a language model that changes nothing around the optimizer step.
+
+    Args:
+        document_end: token that ends a document, where documents are to be computed as if each were alone;
+            the one behind it is not predicted then.
+    """
+
+    def __init__(self, document_end: int | None = None) -> None:
+        self.document_end = document_end
+
+    def count(self, batch: Batch) -> Tensor | None:
+        """See :class:`Objective`."""
+        if self.document_end is None:
+            return None
+        return (batch.tokens[: batch.num_rows, :-1].long() != self.document_end).sum()
+
+    def _num_tokens(self, batch: Batch, inputs: Inputs) -> Tensor | float:
+        """Tokens of a microbatch that have a label."""
+        if inputs.documents is None:
+            return batch.num_rows * inputs.input_ids.shape[1]
+        return (inputs.labels != IGNORED_LABEL).sum()
 
     def prepare(self, batch: Batch | None) -> None:
         """Nothing to do."""
@@ -107,28 +137,33 @@ class _NoHooks:
         """Nothing to do."""
 
 
-class NextToken(_NoHooks):
-    """Next-token prediction: the summed cross entropy, whatever the model mixes into its stream."""
+class NextToken(_TextLoss):
+    """Next-token prediction: the summed cross entropy, whatever the model mixes into its stream.
+
+    Args:
+        document_end: as for all objectives of a language model.
+    """
 
     means = (Mean("loss_ntp", "ntp_nats", "tokens"),)
 
     def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
         """See :class:`Objective`."""
-        input_ids, labels = split_tokens(batch)
-        out = model(input_ids, labels)
+        inputs = split_tokens(batch, self.document_end)
+        out = model(inputs.input_ids, inputs.labels, documents=inputs.documents)
         loss = out.loss_ntp
-        sums = {"ntp_nats": loss.detach(), "tokens": batch.num_rows * input_ids.shape[1]}
+        sums = {"ntp_nats": loss.detach(), "tokens": self._num_tokens(batch, inputs)}
         if out.concepts is None:
             return LossTerms(loss, sums)
         kept = out.concepts.ids
         return LossTerms(loss, sums, ConceptIds(kept[..., :0], kept))
 
 
-class DistillationLoss(_NoHooks):
+class DistillationLoss(_TextLoss):
     """Next-token loss + weight times KL(teacher || student) on the token distribution.
 
     Args:
         extractor: tokens -> the teacher's distribution, with weight and temperature of the divergence.
+        document_end: as for :class:`NextToken`.
     """
 
     means = (
@@ -137,15 +172,17 @@ class DistillationLoss(_NoHooks):
         Mean("loss_total", "total_nats", "tokens"),
     )
 
-    def __init__(self, extractor: DistributionExtractor) -> None:
+    def __init__(self, extractor: DistributionExtractor, document_end: int | None = None) -> None:
+        super().__init__(document_end)
         self.extractor = extractor
 
     def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
         """See :class:`Objective`."""
-        input_ids, labels = split_tokens(batch)
-        out = model(input_ids, labels, teacher=self.extractor(input_ids)).distilled
+        inputs = split_tokens(batch, self.document_end)
+        teacher = self.extractor(inputs.input_ids, inputs.documents)
+        out = model(inputs.input_ids, inputs.labels, teacher=teacher, documents=inputs.documents).distilled
         sums = {
-            "tokens": batch.num_rows * input_ids.shape[1],
+            "tokens": self._num_tokens(batch, inputs),
             "ntp_nats": out.cross_entropy,
             "kd_nats": out.divergence,
             "total_nats": out.loss.detach(),
@@ -164,16 +201,20 @@ def concept_weight(step: int, total_steps: int, config: ObjectiveConfig) -> floa
     return config.concept_weight * shares[config.concept_weight_schedule]
 
 
-class _ConceptWeighted(_NoHooks):
+class _ConceptWeighted(_TextLoss):
     """An objective with a loss of what the student mixes in, weighted by lambda.
 
     Args:
         config: lambda and how it falls.
         total_steps: optimizer steps of the run.
         every: tokens per mixed-in vector; the loss is a mean over the tokens that have one.
+        document_end: as for :class:`NextToken`.
     """
 
-    def __init__(self, config: ObjectiveConfig, total_steps: int, every: int = 1) -> None:
+    def __init__(
+        self, config: ObjectiveConfig, total_steps: int, every: int = 1, document_end: int | None = None
+    ) -> None:
+        super().__init__(document_end)
         self.config = config
         self.total_steps = total_steps
         self.every = every
@@ -183,7 +224,7 @@ class _ConceptWeighted(_NoHooks):
         return {"concept_weight": concept_weight(step, self.total_steps, self.config)}
 
     def _weighted(
-        self, out: ModelOutput, batch: Batch, step: int
+        self, out: ModelOutput, batch: Batch, inputs: Inputs, step: int
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The total loss, and the sums that every such objective reports."""
         assert out.loss_ntp is not None
@@ -191,7 +232,7 @@ class _ConceptWeighted(_NoHooks):
         learned = self.every * out.loss_concept
         loss = out.loss_ntp + self.settings(step)["concept_weight"] * learned
         return loss, {
-            "tokens": batch.num_rows * (batch.tokens.shape[1] - 1),
+            "tokens": self._num_tokens(batch, inputs),
             "ntp_nats": out.loss_ntp.detach(),
             "concept_nats": learned.detach(),
             "total_nats": loss.detach(),
@@ -203,7 +244,7 @@ class CoCoMixLoss(_ConceptWeighted):
 
     Args:
         extractor: tokens -> concept targets; ``None`` where the batches bring them.
-        config, total_steps, every: as above.
+        config, total_steps, every, document_end: as above.
         ahead_on: device on which targets are computed a microbatch ahead; ``None`` for when they are used.
     """
 
@@ -222,17 +263,21 @@ class CoCoMixLoss(_ConceptWeighted):
         config: ObjectiveConfig,
         total_steps: int,
         every: int = 1,
+        document_end: int | None = None,
         *,
         ahead_on: torch.device | None = None,
     ) -> None:
-        super().__init__(config, total_steps, every)
+        super().__init__(config, total_steps, every, document_end)
         self.extractor = extractor
         self.ahead = None if ahead_on is None else TargetsAhead(self.targets, ahead_on)
 
     def targets(self, batch: Batch) -> Tensor:
         """Concept targets (b, C, A) int64, ``MASKED_TARGET`` in rows that do not count."""
+        return self._targets(batch, split_tokens(batch, self.document_end))
+
+    def _targets(self, batch: Batch, inputs: Inputs) -> Tensor:
         if self.extractor is not None:
-            targets = self.extractor(*split_tokens(batch))
+            targets = self.extractor(*inputs)
         else:
             assert batch.targets is not None, "without an extractor the loader reads stored targets"
             targets = unpack_ids(batch.targets[:, self.every - 1 :: self.every])
@@ -246,10 +291,10 @@ class CoCoMixLoss(_ConceptWeighted):
 
     def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
         """See :class:`Objective`; ``detail`` ranks the targets among all concepts."""
-        input_ids, labels = split_tokens(batch)
-        targets = self.targets(batch) if self.ahead is None else self.ahead.take(batch)
-        out = model(input_ids, labels, targets, with_ranks=detail)
-        loss, sums = self._weighted(out, batch, step)
+        inputs = split_tokens(batch, self.document_end)
+        targets = self._targets(batch, inputs) if self.ahead is None else self.ahead.take(batch)
+        out = model(inputs.input_ids, inputs.labels, targets, documents=inputs.documents, with_ranks=detail)
+        loss, sums = self._weighted(out, batch, inputs, step)
         counts = out.concepts
         sums |= {"targets": counts.num_targets, "recalled": counts.num_recalled, "ranks": counts.rank_sum}
         return LossTerms(loss, sums, ConceptIds(targets, counts.ids))
@@ -260,7 +305,7 @@ class RegressionLoss(_ConceptWeighted):
 
     Args:
         extractor: tokens -> residuals.
-        config, total_steps, every: as above.
+        config, total_steps, every, document_end: as above.
     """
 
     means = (
@@ -270,16 +315,22 @@ class RegressionLoss(_ConceptWeighted):
     )
 
     def __init__(
-        self, extractor: StateExtractor, config: ObjectiveConfig, total_steps: int, every: int = 1
+        self,
+        extractor: StateExtractor,
+        config: ObjectiveConfig,
+        total_steps: int,
+        every: int = 1,
+        document_end: int | None = None,
     ) -> None:
-        super().__init__(config, total_steps, every)
+        super().__init__(config, total_steps, every, document_end)
         self.extractor = extractor
 
     def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
         """See :class:`Objective`."""
-        input_ids, labels = split_tokens(batch)
-        states = self.extractor(input_ids)[: batch.num_rows]
-        return LossTerms(*self._weighted(model(input_ids, labels, states), batch, step))
+        inputs = split_tokens(batch, self.document_end)
+        states = self.extractor(inputs.input_ids, inputs.documents)[: batch.num_rows]
+        out = model(inputs.input_ids, inputs.labels, states, documents=inputs.documents)
+        return LossTerms(*self._weighted(out, batch, inputs, step))
 
 
 class SaeLoss:
@@ -291,6 +342,7 @@ class SaeLoss:
         tokens_per_step: tokens of one optimizer step over all ranks.
         tp: ranks that hold the same tokens and one dictionary between them; each of them runs the teacher
             on a share of the rows.
+        document_end: token that ends a document, where the teacher reads each as if it were alone.
     """
 
     means = (
@@ -301,9 +353,15 @@ class SaeLoss:
     )
 
     def __init__(
-        self, teacher: GPT2, layer: int, tokens_per_step: int, tp: TensorGroup | None = None
+        self,
+        teacher: GPT2,
+        layer: int,
+        tokens_per_step: int,
+        tp: TensorGroup | None = None,
+        document_end: int | None = None,
     ) -> None:
         self.tp = tp or TensorGroup()
+        self.document_end = document_end
         self.teacher = teacher
         self.layer = layer
         self.tokens_per_step = tokens_per_step
@@ -311,8 +369,9 @@ class SaeLoss:
     def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
         """See :class:`Objective`."""
         assert isinstance(model, SaeLearner)
+        inputs = split_windows(batch.tokens[: batch.num_rows].long(), self.document_end)
         with torch.no_grad():
-            residual = self.teacher.residual_after(batch.tokens[: batch.num_rows, :-1].long(), self.layer)
+            residual = self.teacher.residual_after(inputs.input_ids, self.layer, inputs.documents)
         terms = model(residual)
         num_tokens = batch.num_rows * (batch.tokens.shape[1] - 1)
         sums = {
@@ -323,6 +382,10 @@ class SaeLoss:
             "dead": model.dead_latents().double().mean() * num_tokens,
         }
         return LossTerms(terms.loss, sums)
+
+    def count(self, batch: Batch) -> Tensor | None:
+        """See :class:`Objective`; the last token of a document has a residual too."""
+        return None
 
     def prepare(self, batch: Batch | None) -> None:
         """Nothing to do."""

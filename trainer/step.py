@@ -38,8 +38,8 @@ def train_step(
         batch: this rank's rows of the global batch, on the device. The last microbatch may be shorter.
         upcoming: the next step's batch on the device, whose first microbatch can be prepared already.
         microbatch_size: rows per forward and backward.
-        tokens_per_step: tokens of the global batch; every loss is divided by it, so that gradients
-            are sums over microbatches and ranks.
+        tokens_per_step: tokens of the global batch; every loss is divided by it, or by how many of them
+            count for the objective, so that gradients are sums over microbatches and ranks.
         step: optimizer steps done before this one.
         lr: learning rate of this step.
         metrics: starts anew and receives the sums of all microbatches.
@@ -50,13 +50,15 @@ def train_step(
         () global gradient norm before clipping, on the device; the host waits for nothing.
     """
     metrics.reset()
+    counted = objective.count(batch)
+    divisor = tokens_per_step if counted is None else sum_over_ranks(counted, mesh).clamp_min(1)
     microbatches = batch.microbatches(microbatch_size)
     behind = [] if upcoming is None else upcoming.microbatches(microbatch_size)
     following = [*microbatches[1:], *behind[:1], None]
     for index, microbatch in enumerate(microbatches):
         objective.prepare(following[index])
         terms = objective(engine.model, microbatch, step=step, detail=detail)
-        engine.backward(terms.loss / tokens_per_step, last_microbatch=index == len(microbatches) - 1)
+        engine.backward(terms.loss / divisor, last_microbatch=index == len(microbatches) - 1)
         metrics.add(**terms.sums)
         if usage is not None and terms.concepts is not None:
             targets, kept = terms.concepts

@@ -42,7 +42,9 @@ def evaluate(trained: TrainedModel, args: argparse.Namespace) -> dict[str, Valid
         batches = validation_windows(
             trained, config, f"evaluating on {config.dir}", share=args.share, rows=args.batch_size
         )
-        reports[Path(config.dir).name] = measure(model, batches, device, extractor)
+        reports[Path(config.dir).name] = measure(
+            model, batches, device, extractor, end_id=trained.document_end
+        )
     return reports
 
 
@@ -97,7 +99,7 @@ def _positions(reports: dict[str, ValidationReport]) -> str:
     bodies = [report.to_json()["by_position"] for report in reports.values()]
     for groups in zip(*bodies, strict=True):
         span = f"{groups[0]['first']}-{groups[0]['last']}"
-        rows.append([span, *(f"{item['loss']:.4f}" for item in groups)])
+        rows.append([span, *("" if item["loss"] is None else f"{item['loss']:.4f}" for item in groups)])
     return markdown_table(rows)
 
 

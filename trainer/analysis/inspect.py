@@ -48,6 +48,7 @@ from trainer.checkpoint.store import CheckpointError
 from trainer.concepts.extractor import TargetExtractor
 from trainer.kernels.reference import MASKED_TARGET
 from trainer.model.cocomix import CoCoMix
+from trainer.model.documents import Documents, split_windows
 
 STEER_STRENGTHS = (-10.0, -5.0, 0.0, 1.0, 5.0, 10.0)
 
@@ -193,7 +194,10 @@ def _texts(subject: Subject, pieces: Pieces, args: argparse.Namespace) -> list[d
 def _text(subject: Subject, label: str, tokens: Sequence[int], pieces: Pieces) -> dict[str, Any]:
     """Concepts at each token: those predicted, and the teacher's targets where there is a next token."""
     input_ids = torch.tensor([tokens], device=subject.device)
-    values, ids = (part[0, :, :_SHOWN_PER_TOKEN].cpu() for part in kept_concepts(subject.model, input_ids))
+    end_id = subject.trained.document_end
+    documents = None if end_id is None else Documents.ended_by(input_ids, end_id)
+    kept = kept_concepts(subject.model, input_ids, documents)
+    values, ids = (part[0, :, :_SHOWN_PER_TOKEN].cpu() for part in kept)
     body: dict[str, Any] = {
         "label": label,
         "pieces": pieces.of_tokens(tokens),
@@ -201,7 +205,7 @@ def _text(subject: Subject, label: str, tokens: Sequence[int], pieces: Pieces) -
         "logits": [[round(value, 2) for value in row] for row in values.tolist()],
     }
     if subject.extractor is not None and len(tokens) > 1:
-        targets = subject.extractor(input_ids[:, :-1], input_ids[:, 1:])[0].tolist()
+        targets = subject.extractor(*split_windows(input_ids, end_id))[0].tolist()
         body["targets"] = [[target for target in row if target != MASKED_TARGET] for row in targets]
     return body
 
@@ -286,7 +290,14 @@ def _main(args: argparse.Namespace) -> None:
     windows = validation_windows(
         subject.trained, source, f"reading {source.dir}", share=args.share, rows=args.batch_size
     )
-    found = collect(subject.model, windows, subject.device, subject.extractor, num_contexts=args.contexts)
+    found = collect(
+        subject.model,
+        windows,
+        subject.device,
+        subject.extractor,
+        num_contexts=args.contexts,
+        end_id=subject.trained.document_end,
+    )
     chart = norm_histogram(compress_norms(subject.model))
     page = render(f"Concepts of {args.run.resolve().name}", _payload(subject, found, args), chart)
     target = args.out or args.run / "inspect" / "index.html"

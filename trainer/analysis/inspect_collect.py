@@ -18,6 +18,7 @@ from data.batch import Batch
 from trainer.concepts.extractor import TargetExtractor
 from trainer.kernels.reference import MASKED_TARGET
 from trainer.model.cocomix import CoCoMix
+from trainer.model.documents import Documents, split_windows
 from trainer.model.gpt2 import GPT2
 
 TOKENS_BEFORE = 19
@@ -120,6 +121,7 @@ def collect(
     extractor: TargetExtractor | None,
     *,
     num_contexts: int,
+    end_id: int | None = None,
 ) -> ConceptStatistics:
     """Go through validation windows once.
 
@@ -129,6 +131,7 @@ def collect(
         device: where to compute; what is kept is on the CPU.
         extractor: the teacher and its autoencoder on ``device``; ``None`` leaves them out.
         num_contexts: N.
+        end_id: token that ends a document, where each is read as if it were alone.
 
     Raises:
         ValueError: there is no window.
@@ -144,12 +147,12 @@ def collect(
         tokens = batch.tokens[: batch.num_rows].long()
         if not len(tokens):
             continue
-        input_ids = tokens[:, :-1].to(device)
-        found.num_tokens += input_ids.numel()
-        values, ids = kept_concepts(model, input_ids)
+        inputs = split_windows(tokens.to(device), end_id)
+        found.num_tokens += inputs.input_ids.numel()
+        values, ids = kept_concepts(model, inputs.input_ids, inputs.documents)
         _add_windows(found.student, tokens, values, ids, positive_only=False)
         if extractor is not None and found.teacher is not None:
-            latents, latent_ids, targets = extractor.latents(input_ids, tokens[:, 1:].to(device))
+            latents, latent_ids, targets = extractor.latents(*inputs)
             _add_windows(found.teacher, tokens, latents, latent_ids, positive_only=True)
             _add_agreement(found, targets.cpu(), ids.cpu())
     if not found.num_tokens:
@@ -174,9 +177,11 @@ def _add_agreement(found: ConceptStatistics, targets: Tensor, kept: Tensor) -> N
 
 
 @torch.no_grad()
-def kept_concepts(model: CoCoMix, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+def kept_concepts(
+    model: CoCoMix, input_ids: Tensor, documents: Documents | None = None
+) -> tuple[Tensor, Tensor]:
     """Concept logits that a student mixes in, largest first, and their ids; both (B, T, K)."""
-    h = model.run_blocks(model.embed(input_ids), 0, model.insert_layer)
+    h = model.stream_after(input_ids, model.insert_layer, documents)
     _, head = model.mixer(h, None)
     return head.values.view(*input_ids.shape, -1), head.ids.view(*input_ids.shape, -1)
 

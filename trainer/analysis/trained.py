@@ -37,6 +37,12 @@ class TrainedModel:
     step: int | None
     """Optimizer steps behind the weights; ``None`` for a model folder."""
 
+    @property
+    def document_end(self) -> int | None:
+        """The token between documents that did not see each other in training, ``None`` where they did."""
+        masked = self.config is not None and self.config.data.mask_documents
+        return self.tokenizer.eot_id if masked else None
+
 
 def open_trained(path: Path, tokenizer: Path | None = None) -> TrainedModel:
     """Open a run directory or a model folder.

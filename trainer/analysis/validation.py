@@ -14,8 +14,9 @@ from torch import Tensor
 from data.batch import Batch
 from trainer.analysis.scoring import token_statistics
 from trainer.concepts.extractor import TargetExtractor
-from trainer.kernels.reference import MASKED_TARGET
+from trainer.kernels.reference import IGNORED_LABEL, MASKED_TARGET
 from trainer.model.cocomix import CoCoMix
+from trainer.model.documents import Inputs, split_windows
 from trainer.model.gpt2 import GPT2
 
 NUM_BINS = 15
@@ -112,8 +113,10 @@ class ValidationReport:
     """Sums over the windows of one source."""
 
     nats: Tensor
-    """(T,) fp64 summed cross entropy by position."""
-    num_windows: int = 0
+    """(T,) fp64 summed cross entropy by position in the window, or in the document where those are kept
+    apart."""
+    counts: Tensor
+    """(T,) int64 tokens behind them."""
     hits: int = 0
     """Tokens whose most probable prediction was right."""
     reliability: Reliability = field(default_factory=Reliability)
@@ -123,16 +126,26 @@ class ValidationReport:
     @property
     def loss(self) -> float:
         """Mean nats per token."""
-        return float(self.nats.sum()) / (self.num_windows * len(self.nats))
+        return float(self.nats.sum()) / self.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were predicted."""
+        return int(self.counts.sum())
+
+    def add(self, nats: Tensor, counted: Tensor, positions: Tensor) -> None:
+        """Take in the cross entropies of tokens at positions, of which some count; each (B, T)."""
+        where = positions[counted].cpu()
+        self.nats.index_add_(0, where, nats[counted].double().cpu())
+        self.counts += torch.bincount(where, minlength=len(self.counts))
 
     def to_json(self) -> dict[str, Any]:
         """All means, plain numbers."""
-        num_tokens = self.num_windows * len(self.nats)
         body = {
-            "tokens": num_tokens,
+            "tokens": self.num_tokens,
             "loss": self.loss,
             "perplexity": math.exp(min(self.loss, 700.0)),
-            "accuracy": self.hits / num_tokens,
+            "accuracy": self.hits / self.num_tokens,
             "by_position": self._by_position(),
             "calibration": self.reliability.to_json(),
         }
@@ -141,7 +154,10 @@ class ValidationReport:
         return body
 
     def _by_position(self) -> list[dict[str, Any]]:
-        """Losses of groups of positions; the first ones, where context is short, in groups that double."""
+        """Losses of groups of positions; the first ones, where context is short, in groups that double.
+
+        ``None`` where no token has such a position.
+        """
         length = len(self.nats)
         widest = max(1, length // POSITION_GROUPS)
         edges = [0]
@@ -151,10 +167,14 @@ class ValidationReport:
             {
                 "first": first,
                 "last": last - 1,
-                "loss": float(self.nats[first:last].sum()) / (self.num_windows * (last - first)),
+                "loss": self._mean(slice(first, last)),
             }
             for first, last in pairwise(edges)
         ]
+
+    def _mean(self, positions: slice) -> float | None:
+        count = int(self.counts[positions].sum())
+        return float(self.nats[positions].sum()) / count if count else None
 
 
 @torch.no_grad()
@@ -163,6 +183,8 @@ def measure(
     batches: Iterable[Batch],
     device: torch.device,
     extractor: TargetExtractor | None = None,
+    *,
+    end_id: int | None = None,
 ) -> ValidationReport:
     """Go through validation windows with a model that is whole.
 
@@ -171,35 +193,48 @@ def measure(
         batches: at least one; rows that do not count are left out.
         device: where to compute.
         extractor: names the concepts; ``None`` leaves them out.
+        end_id: token that ends a document, where each is read as if it were alone.
 
     Raises:
-        ValueError: there is no batch.
+        ValueError: there is no batch, or nothing in it to predict.
     """
     report: ValidationReport | None = None
     for batch in batches:
         tokens = batch.tokens[: batch.num_rows].to(device).long()
         if not len(tokens):
             continue
-        input_ids, labels = tokens[:, :-1], tokens[:, 1:]
+        inputs = split_windows(tokens, end_id)
         if report is None:
-            report = ValidationReport(torch.zeros(labels.shape[1], dtype=torch.float64))
-        logits = model(input_ids).logits
-        statistics = token_statistics(logits, labels)
-        report.nats += statistics.nats.double().sum(0).cpu()
-        report.num_windows += len(tokens)
-        report.hits += int(statistics.hit.sum())
-        report.reliability.add(statistics.confidence, statistics.hit)
+            length = inputs.labels.shape[1]
+            report = ValidationReport(
+                torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.int64)
+            )
+        counted = inputs.labels != IGNORED_LABEL
+        logits = model(inputs.input_ids, documents=inputs.documents).logits
+        statistics = token_statistics(logits, tokens[:, 1:])
+        report.add(statistics.nats, counted, _positions(inputs))
+        hit = statistics.hit[counted]
+        report.hits += int(hit.sum())
+        report.reliability.add(statistics.confidence[counted], hit)
         if extractor is not None and isinstance(model, CoCoMix):
             report.concepts = report.concepts or ConceptQuality()
-            _add_concepts(report.concepts, model, extractor, input_ids, labels)
-    if report is None:
+            _add_concepts(report.concepts, model, extractor, inputs)
+    if report is None or report.num_tokens == 0:
         raise ValueError("there is no validation window")
     return report
 
 
+def _positions(inputs: Inputs) -> Tensor:
+    if inputs.documents is not None:
+        return inputs.documents.positions
+    return torch.arange(inputs.labels.shape[1], device=inputs.labels.device).expand_as(inputs.labels)
+
+
 def _add_concepts(
-    quality: ConceptQuality, model: CoCoMix, extractor: TargetExtractor, input_ids: Tensor, labels: Tensor
+    quality: ConceptQuality, model: CoCoMix, extractor: TargetExtractor, inputs: Inputs
 ) -> None:
-    targets = extractor(input_ids, labels)
-    for ids, wanted in zip(input_ids.split(1), targets.split(1), strict=True):  # (T, M) logits at a time
-        quality.add(model.concept_logits(ids).flatten(0, 1), wanted.flatten(0, 1), model.mixer.top_k)
+    targets = extractor(*inputs)
+    for row, wanted in enumerate(targets):  # (T, M) logits at a time
+        documents = None if inputs.documents is None else inputs.documents.map(lambda x, r=row: x[r : r + 1])
+        logits = model.concept_logits(inputs.input_ids[row : row + 1], documents)
+        quality.add(logits.flatten(0, 1), wanted, model.mixer.top_k)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainer.kernels.ops import sparse_dots
 from trainer.kernels.reference import MASKED_TARGET
+from trainer.model.documents import Documents
 from trainer.model.gpt2 import GPT2
 
 
@@ -26,16 +27,18 @@ class Residual(NamedTuple):
     """() fp32 summed loss, nats."""
 
 
-def residual_and_gradient(teacher: GPT2, input_ids: Tensor, labels: Tensor, layer: int) -> Residual:
+def residual_and_gradient(
+    teacher: GPT2, input_ids: Tensor, labels: Tensor, layer: int, documents: Documents | None = None
+) -> Residual:
     """Run the frozen teacher forward, and backward from the loss to the residual after ``layer`` only.
 
     Blocks up to ``layer`` keep no activations, no parameter gets a gradient.
     """
     with torch.no_grad():
-        x = teacher.residual_after(input_ids, layer)
+        x = teacher.residual_after(input_ids, layer, documents)
     with torch.enable_grad():
         x.requires_grad_(True)
-        loss = teacher.loss_from_residual(x, labels, layer)
+        loss = teacher.loss_from_residual(x, labels, layer, documents)
         (grad,) = torch.autograd.grad(loss, x)
     return Residual(x.detach(), grad, loss.detach())
 
@@ -56,11 +59,14 @@ def attribution(grad: Tensor, values: Tensor, ids: Tensor, decoder: Tensor) -> T
     return flat.view_as(values).float() * values.float()
 
 
-def random_scores(input_ids: Tensor, values: Tensor, ids: Tensor) -> Tensor:
+def random_scores(
+    input_ids: Tensor, values: Tensor, ids: Tensor, documents: Documents | None = None
+) -> Tensor:
     """Uniform scores in (0, 1] of the active latents, 0 where a latent's activation is 0.
 
     Their ranking draws latents without replacement. A score is a hash of the row's tokens, the position and
-    the latent, so that a window has the same targets in each epoch, on each rank and from a cache.
+    the latent, so that a window has the same targets in each epoch, on each rank and from a cache. With
+    ``documents`` it is one of the document's tokens and the position there.
 
     Args:
         input_ids: (B, T) int64.
@@ -70,10 +76,16 @@ def random_scores(input_ids: Tensor, values: Tensor, ids: Tensor) -> Tensor:
     Returns:
         (B, C, K) fp64, which has too many values for ties.
     """
-    position = torch.arange(input_ids.shape[1], device=input_ids.device)
-    window = _hash(input_ids * 2**32 + position).sum(1)[:, None, None]
-    place = torch.arange(ids.shape[1], device=ids.device)[:, None] * 2**32
-    bits = _hash(window ^ _hash(place + ids)) >> 11
+    if documents is None:
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        text = _hash(input_ids * 2**32 + position).sum(1)[:, None, None]
+        place = torch.arange(ids.shape[1], device=ids.device)[:, None]
+    else:
+        every = input_ids.shape[1] // ids.shape[1]
+        text = documents.totals(_hash(input_ids * 2**32 + documents.positions))
+        text = text[:, every - 1 :: every, None]
+        place = documents.positions[:, every - 1 :: every, None] // every
+    bits = _hash(text ^ _hash(place * 2**32 + ids)) >> 11
     return ((bits & (2**53 - 1)) + 1).double() * 2.0**-53 * (values > 0)
 
 

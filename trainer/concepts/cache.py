@@ -62,6 +62,7 @@ def label_settings(
         targets=concepts.targets,
         attribution=concepts.attribution,
         mask_non_positive=concepts.mask_non_positive,
+        mask_documents=data.mask_documents,
         precision=concepts.precision,
         arithmetic=ARITHMETIC,
         rows_per_pass=rows_per_pass,

@@ -18,6 +18,7 @@ from trainer.concepts.sae import TopKSae
 from trainer.concepts.sae_formats import check_fits, load_sae
 from trainer.config import ConceptsConfig
 from trainer.kernels.reference import MASKED_TARGET
+from trainer.model.documents import Documents
 from trainer.model.formats import load_model
 from trainer.model.gpt2 import GPT2
 
@@ -96,6 +97,13 @@ def unpack_ids(packed: Tensor) -> Tensor:
     return ids.masked_fill(ids == 0xFFFF, MASKED_TARGET)
 
 
+def share_rows(
+    input_ids: Tensor, documents: Documents | None, tp: TensorGroup
+) -> tuple[Tensor, Documents | None]:
+    """The rows of input_ids (B, T) that this rank of ``tp`` gives to the teacher, with their documents."""
+    return tp.share_rows(input_ids), None if documents is None else documents.map(tp.share_rows)
+
+
 class TargetExtractor:
     """Concept targets of a batch of tokens, selected by attribution unless ``concepts.targets`` says else.
 
@@ -149,50 +157,62 @@ class TargetExtractor:
         return cls(teacher.to(device=device, dtype=dtype), sae, config, tp)
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Targets of input_ids (B, T) int64 whose next tokens are labels (B, T).
+    def __call__(self, input_ids: Tensor, labels: Tensor, documents: Documents | None = None) -> Tensor:
+        """Targets of input_ids (B, T) int64 whose next tokens are labels (B, T), document by document.
 
         Returns:
             (B, C, A) int64 ids for the C = T / ``concepts.every`` tokens that have a concept, best first,
             ``MASKED_TARGET`` where no further active latent has a positive score (unless
             ``concepts.mask_non_positive`` is off). The same on all ranks of ``tp``.
         """
-        num_rows, mine = input_ids.shape[0], self.tp.share_rows(input_ids)
-        read = self._read_teacher(mine, self.tp.share_rows(labels))
+        num_rows = input_ids.shape[0]
+        mine, my_documents = share_rows(input_ids, documents, self.tp)
+        read = self._read_teacher(mine, self.tp.share_rows(labels), my_documents)
         if self.sae.tp.size > 1:
             read = self.tp.gather_rows(torch.stack(read, dim=1), num_rows).unbind(1)
-            return self._select(input_ids, *read)
-        targets = self._select(mine, *read)
+            return self._select(input_ids, documents, *read)
+        targets = self._select(mine, my_documents, *read)
         if self.tp.size == 1:
             return targets
         return unpack_ids(self.tp.gather_rows(pack_ids(targets), num_rows))
 
     @torch.no_grad()
-    def latents(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def latents(
+        self, input_ids: Tensor, labels: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Active latents beside the targets that are chosen among them, on a rank of its own.
 
         Returns:
             Values (B, C, K) fp32, largest first, ids (B, C, K) int64 and targets (B, C, A) int64.
         """
         assert self.tp.size == 1
-        x, *grad = self._read_teacher(input_ids, labels)
+        x, *grad = self._read_teacher(input_ids, labels, documents)
         values, ids = self.sae.encode(x.float())
-        return values, ids, self._targets(input_ids, values, ids, *grad)
+        return values, ids, self._targets(input_ids, documents, values, ids, *grad)
 
-    def _read_teacher(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def _read_teacher(
+        self, input_ids: Tensor, labels: Tensor, documents: Documents | None
+    ) -> tuple[Tensor, ...]:
         """Residuals (B, C, D_t) and, for attribution, their gradients."""
         layer, every = self.config.sae_layer, self.config.every
         read: tuple[Tensor, ...] = ()
         if self.config.targets == "attribution":
-            read = residual_and_gradient(self.teacher, input_ids, labels, layer)[:2]
+            read = residual_and_gradient(self.teacher, input_ids, labels, layer, documents)[:2]
         else:
-            read = (self.teacher.residual_after(input_ids, layer),)
+            read = (self.teacher.residual_after(input_ids, layer, documents),)
         return tuple(part[:, every - 1 :: every] for part in read)
 
-    def _score(self, input_ids: Tensor, values: Tensor, ids: Tensor, grad: Tensor | None) -> Tensor:
+    def _score(
+        self,
+        input_ids: Tensor,
+        documents: Documents | None,
+        values: Tensor,
+        ids: Tensor,
+        grad: Tensor | None,
+    ) -> Tensor:
         """Scores (B, C, K) of active latents; the largest ones are targets."""
         if self.config.targets == "random":
-            return random_scores(input_ids, values, ids)
+            return random_scores(input_ids, values, ids, documents)
         if grad is None:
             return values
         # Each rank scores the latents that it holds; the others' scores are 0 there.
@@ -200,13 +220,22 @@ class TargetExtractor:
         scores = attribution(grad.float(), values.masked_fill(~here, 0.0), index, self.sae.decoder)
         return self.sae.tp.sum(scores)
 
-    def _select(self, input_ids: Tensor, x: Tensor, grad: Tensor | None = None) -> Tensor:
+    def _select(
+        self, input_ids: Tensor, documents: Documents | None, x: Tensor, grad: Tensor | None = None
+    ) -> Tensor:
         """Targets of residuals x (B, C, D_t) of input_ids (B, T)."""
-        return self._targets(input_ids, *self.sae.encode(x.float()), grad)
+        return self._targets(input_ids, documents, *self.sae.encode(x.float()), grad)
 
-    def _targets(self, input_ids: Tensor, values: Tensor, ids: Tensor, grad: Tensor | None = None) -> Tensor:
+    def _targets(
+        self,
+        input_ids: Tensor,
+        documents: Documents | None,
+        values: Tensor,
+        ids: Tensor,
+        grad: Tensor | None = None,
+    ) -> Tensor:
         return select_targets(
-            self._score(input_ids, values, ids, grad),
+            self._score(input_ids, documents, values, ids, grad),
             ids,
             self.config.num_targets,
             ranking=self.config.attribution,

@@ -29,11 +29,13 @@ from data.progress import Progress
 from data.source import open_source, windows_per_chunk
 from data.stream import read_chunk
 from parallel.world import World, start_world, stop_world
+from trainer.build import document_end
 from trainer.concepts.cache import label_settings, labels_place
 from trainer.concepts.extractor import TargetExtractor, check_vocabulary, pack_ids
 from trainer.config import RunConfig
 from trainer.config_io import ConfigError, load_config
 from trainer.main import config_parser
+from trainer.model.documents import split_windows
 
 SPLITS = ("train", "val")
 
@@ -56,6 +58,7 @@ def label(config: RunConfig, world: World, *, overwrite: bool = False) -> bool:
         return True
     # Runs that have a concept after every so many tokens read theirs out of the same labels.
     extractor = TargetExtractor.load(replace(config.concepts, every=1), world.device)
+    end_id = document_end(config, manifest)
     vocab_size = manifest.tokenizer.vocab_size
     check_vocabulary(extractor.teacher, vocab_size, config.data.seq_len, config.concepts.teacher)
     windows = {split: windows_per_chunk(manifest, split, config.data.seq_len) for split in SPLITS}
@@ -64,7 +67,9 @@ def label(config: RunConfig, world: World, *, overwrite: bool = False) -> bool:
         progress = _LabelProgress(writer, config.data.seq_len, shown=world.is_main)
         for split, number in writer.claims():
             tokens = read_chunk(storage, manifest.dtype, *manifest.splits[split].chunks[number])
-            ids = label_chunk(extractor, tokens, config.data.seq_len, rows, world.device, progress.advance)
+            ids = label_chunk(
+                extractor, tokens, config.data.seq_len, rows, world.device, progress.advance, end_id
+            )
             writer.write(split, number, ids)
             progress.end_of_chunk()
         progress.close()
@@ -89,6 +94,7 @@ def label_chunk(
     rows: int,
     device: torch.device,
     advance: Callable[[int], None] = lambda windows: None,
+    end_id: int | None = None,
 ) -> np.ndarray:
     """Targets of all windows of one chunk.
 
@@ -102,6 +108,7 @@ def label_chunk(
         rows: windows of a pass.
         device: where the extractor computes.
         advance: told how many windows each pass added.
+        end_id: token that ends a document, where the teacher reads each as if it were alone.
 
     Returns:
         (windows, T, A) uint16.
@@ -110,8 +117,7 @@ def label_chunk(
     passes: list[Tensor] = []
     for start in range(0, len(windows), rows):
         index = torch.arange(start, start + rows, device=device).clamp_max(len(windows) - 1)
-        batch = windows[index]
-        passes.append(pack_ids(extractor(batch[:, :-1], batch[:, 1:])))
+        passes.append(pack_ids(extractor(*split_windows(windows[index], end_id))))
         advance(min(rows, len(windows) - start))
     packed = torch.cat(passes)[: len(windows)].cpu()
     return packed.view(torch.uint16).numpy()

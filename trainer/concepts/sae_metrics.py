@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.concepts.sae import TopKSae
+from trainer.model.documents import Documents
 
 
 class ReconstructionSums(NamedTuple):
@@ -73,10 +74,12 @@ def reconstruction_metrics(sums: ReconstructionSums) -> dict[str, float]:
 class SplicedTeacher(Protocol):
     """What a teacher must offer so that its residual can be replaced."""
 
-    def residual_after(self, input_ids: Tensor, layer: int) -> Tensor:
+    def residual_after(self, input_ids: Tensor, layer: int, documents: Documents | None = None) -> Tensor:
         """Residual stream (B, T, D_t) after block ``layer``."""
 
-    def loss_from_residual(self, residual: Tensor, labels: Tensor, layer: int) -> Tensor:
+    def loss_from_residual(
+        self, residual: Tensor, labels: Tensor, layer: int, documents: Documents | None = None
+    ) -> Tensor:
         """Summed next-token loss in nats when the stream after block ``layer`` is ``residual``."""
 
 
@@ -93,7 +96,12 @@ class SpliceLosses(NamedTuple):
 
 @torch.no_grad()
 def splice_losses(
-    teacher: SplicedTeacher, sae: TopKSae, input_ids: Tensor, labels: Tensor, layer: int
+    teacher: SplicedTeacher,
+    sae: TopKSae,
+    input_ids: Tensor,
+    labels: Tensor,
+    layer: int,
+    documents: Documents | None = None,
 ) -> SpliceLosses:
     """Teacher losses with the residual after block ``layer`` intact, reconstructed and zeroed.
 
@@ -103,10 +111,11 @@ def splice_losses(
         input_ids: (B, T) int64.
         labels: (B, T) int64, as ``loss_from_residual`` takes them.
         layer: teacher block, 0-based.
+        documents: those of ``input_ids``, where the teacher reads each as if it were alone.
     """
-    residual = teacher.residual_after(input_ids, layer)
+    residual = teacher.residual_after(input_ids, layer, documents)
     streams = (residual, sae.reconstruct(residual), torch.zeros_like(residual))
-    return SpliceLosses(*(teacher.loss_from_residual(stream, labels, layer) for stream in streams))
+    return SpliceLosses(*(teacher.loss_from_residual(stream, labels, layer, documents) for stream in streams))
 
 
 def loss_recovered(clean: float, spliced: float, ablated: float) -> float:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from parallel.tensor import TensorGroup
-from trainer.concepts.extractor import load_frozen, load_teacher
+from trainer.concepts.extractor import load_frozen, load_teacher, share_rows
 from trainer.config import ConceptsConfig, KdConfig
 from trainer.model.concept_head import standardize
+from trainer.model.documents import Documents
 from trainer.model.gpt2 import GPT2, TeacherHead
 
 
@@ -49,18 +49,16 @@ class StateExtractor:
         return cls(teacher.to(device, _dtype(config.precision)), config, tp)
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, documents: Documents | None = None) -> Tensor:
         """(x - mean) / (std + 1e-5) of the residuals of input_ids (B, T): (B, C, D_t) fp32.
 
         What an autoencoder reads too. Every token has the same scale: of a residual as it is, the row's
         first tokens, whose norm is many times the others', would be most of a distance.
         """
-        x = on_shared_rows(self._residual, input_ids, self.tp)
-        return standardize(x)[0]
-
-    def _residual(self, input_ids: Tensor) -> Tensor:
+        mine, my_documents = share_rows(input_ids, documents, self.tp)
         every = self.config.every
-        return self.teacher.residual_after(input_ids, self.config.sae_layer)[:, every - 1 :: every]
+        x = self.teacher.residual_after(mine, self.config.sae_layer, my_documents)[:, every - 1 :: every]
+        return standardize(self.tp.gather_rows(x, len(input_ids)))[0]
 
 
 class DistributionExtractor:
@@ -96,17 +94,13 @@ class DistributionExtractor:
         return cls(teacher.to(device, _dtype(config.precision)), config, tp)
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor) -> TeacherHead:
+    def __call__(self, input_ids: Tensor, documents: Documents | None = None) -> TeacherHead:
         """What the teacher says of input_ids (B, T), short of its logits."""
-        hidden = on_shared_rows(self.teacher.final_hidden, input_ids, self.tp)
+        hidden = self.teacher.final_hidden(*share_rows(input_ids, documents, self.tp))
+        hidden = self.tp.gather_rows(hidden, len(input_ids))
         weight = self.teacher.head_weight
         return TeacherHead(hidden, weight, self.config.weight, self.config.temperature)
 
 
 def _dtype(precision: Literal["fp32", "bf16"]) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def on_shared_rows(compute: Callable[[Tensor], Tensor], rows: Tensor, tp: TensorGroup) -> Tensor:
-    """``compute`` of rows (R, ...), of which each rank of ``tp`` does a share; not differentiable."""
-    return tp.gather_rows(compute(tp.share_rows(rows)), rows.shape[0])

@@ -16,6 +16,8 @@ import torch
 
 from data.files import replace_text
 from data.loader import validation_batches
+from data.source import open_manifest
+from trainer.build import document_end
 from trainer.concepts.extractor import load_teacher
 from trainer.concepts.sae_formats import load_sae
 from trainer.concepts.sae_metrics import (
@@ -27,7 +29,9 @@ from trainer.concepts.sae_metrics import (
 )
 from trainer.config import RunConfig
 from trainer.config_io import ConfigError
+from trainer.kernels.reference import IGNORED_LABEL
 from trainer.main import run, run_config_cli
+from trainer.model.documents import split_windows
 from trainer.publish import published_path
 
 REPORT_NAME = "report.json"
@@ -47,16 +51,20 @@ def measure(config: RunConfig, path: Path, device: torch.device) -> dict[str, fl
     teacher = load_teacher(config.sae.teacher, layer, key="sae.layer").to(device, torch.float32)
     sae = load_sae(path).to(device)
     totals: ReconstructionSums | None = None
+    end_id = document_end(config, open_manifest(config.data))
     losses = torch.zeros(3, dtype=torch.float64, device=device)
+    num_labels = torch.zeros((), dtype=torch.int64, device=device)
     for batch in validation_batches(
         config.data, share=config.validation.share, rows=config.train.microbatch_size, rank=0, world_size=1
     ):
         rows = batch.tokens[: batch.num_rows].to(device).long()
-        sums = reconstruction_sums(sae, teacher.residual_after(rows[:, :-1], layer))
+        input_ids, labels, documents = split_windows(rows, end_id)
+        sums = reconstruction_sums(sae, teacher.residual_after(input_ids, layer, documents))
         totals = sums if totals is None else totals.plus(sums)
-        losses += torch.stack(splice_losses(teacher, sae, rows[:, :-1], rows[:, 1:], layer)).double()
+        losses += torch.stack(splice_losses(teacher, sae, input_ids, labels, layer, documents)).double()
+        num_labels += (labels != IGNORED_LABEL).sum()
     assert totals is not None, "there is at least one validation window"
-    clean, spliced, ablated = (losses / totals.tokens).tolist()
+    clean, spliced, ablated = (losses / num_labels).tolist()
     return {
         **reconstruction_metrics(totals),
         "loss_clean": clean,

@@ -11,6 +11,7 @@ from trainer.config import ConceptsConfig, Insertion, ModelConfig
 from trainer.kernels.concept_head import ConceptHeadOutput
 from trainer.kernels.reference import MASKED_TARGET
 from trainer.model.concept_head import ConceptMixer, KeptEdit
+from trainer.model.documents import Documents, attention_mask
 from trainer.model.gpt2 import GPT2, ConceptSums, ModelOutput, TeacherHead
 from trainer.model.mixing import mixing_of
 
@@ -61,6 +62,7 @@ class MixingGPT2(GPT2):
         *,
         last_only: bool = False,
         teacher: TeacherHead | None = None,
+        documents: Documents | None = None,
         with_ranks: bool = False,
     ) -> ModelOutput:
         """As :meth:`GPT2.forward`, with targets of what is mixed in.
@@ -69,16 +71,20 @@ class MixingGPT2(GPT2):
             input_ids: (B, T) int64.
             labels: (B, T) int64 next tokens; logits are returned without them.
             targets: one for each vector, of the subclass' kind; no loss of the insertion without them.
-            last_only, teacher: as there.
+            last_only, teacher, documents: as there. A vector belongs to its token's document.
             with_ranks: rank the targets among all concepts (for metrics).
         """
         length = input_ids.shape[1]
         padded_ids = self.whole_parts(input_ids)
-        h = self.run_blocks(self.embed(padded_ids), 0, self.insert_layer)
+        h = self.embed(padded_ids, documents)
+        mask = None if documents is None else attention_mask(documents.ids, h.dtype)
+        h = self.run_blocks(h, 0, self.insert_layer, mask)
         x, learned = self.insert(h, targets, with_ranks=with_ranks)
+        if documents is not None and self.mixing.positions_per_token > 1:
+            mask = attention_mask(self.mixing.spread(documents.ids), x.dtype)
         last = self.config.n_layer - 1
-        x = self.run_blocks(x, self.insert_layer, last)
-        x = self.blocks[last](x, self.mixing.read(padded_ids.shape[1], x.device))
+        x = self.run_blocks(x, self.insert_layer, last, mask)
+        x = self.blocks[last](x, self.mixing.read(padded_ids.shape[1], x.device), mask=mask)
         out = self.read_out(x, labels, length, last_only=last_only, teacher=teacher)
         return out._replace(loss_concept=learned.loss, concepts=learned.concepts)
 
@@ -117,9 +123,9 @@ class CoCoMix(MixingGPT2):
         q, head = self.mixer(h, targets, with_ranks=with_ranks, edit=edit)
         return q, Learned(None if targets is None else head.loss, _count(head, targets, len(h)))
 
-    def concept_logits(self, input_ids: Tensor) -> Tensor:
+    def concept_logits(self, input_ids: Tensor, documents: Documents | None = None) -> Tensor:
         """All concept logits (B, C, M), for inspection."""
-        h = self.run_blocks(self.embed(input_ids), 0, self.insert_layer)
+        h = self.stream_after(input_ids, self.insert_layer, documents)
         return self.mixer.logits(self.with_vectors(h))
 
 

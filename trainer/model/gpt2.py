@@ -20,6 +20,7 @@ from trainer.config import ModelConfig
 from trainer.kernels.distillation import Distilled, distillation_loss
 from trainer.kernels.lm_head import lm_head_loss
 from trainer.kernels.matmul import linear
+from trainer.model.documents import Documents, attention_mask
 from trainer.model.padding import padded
 
 TENSOR_DIMS = MappingProxyType(
@@ -119,10 +120,17 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.d_model, config.d_model)
         self.tp = TensorGroup()
 
-    def forward(self, x: Tensor, read: Positions | None = None, past: Past | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        read: Positions | None = None,
+        past: Past | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Attend from all positions of x (B, T, D), or from those of ``read`` only: (B, R, D).
 
-        With ``past``, x are the positions after those that it holds; it takes them in.
+        With ``past``, x are the positions after those that it holds; it takes them in. With ``mask``, which
+        is (B, 1, T, T) and added to the scores, a position sees what that leaves of those before it.
         """
         x = self.tp.gather_sequence(x)
         if read is None:
@@ -132,6 +140,9 @@ class Attention(nn.Module):
             key, value = self._project(x, slice(1, 3))
         if past is not None:
             mixed = past.attend(query, key, value, read)
+        elif mask is not None:
+            mask = mask if read is None else mask[:, :, read]
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         elif read is None:
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
@@ -181,18 +192,30 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, read: Positions | None = None, past: Past | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        read: Positions | None = None,
+        past: Past | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Update all positions of x (B, T, D).
 
         With ``read`` only those positions are returned, (B, R, D): the others serve as keys and values
         and cost neither queries nor MLP. For a last block of which not everything is read. With ``past``
-        x are the positions that follow it.
+        x are the positions that follow it. ``mask`` as for :class:`Attention`.
         """
-        return self.transform(self.attend(x, read, past))
+        return self.transform(self.attend(x, read, past, mask))
 
-    def attend(self, x: Tensor, read: slice | Tensor | None = None, past: Past | None = None) -> Tensor:
+    def attend(
+        self,
+        x: Tensor,
+        read: Positions | None = None,
+        past: Past | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """The first sublayer: x and what its positions learn from those before them."""
-        attended: Tensor = self.attn(self.ln_1(x), read, past)
+        attended: Tensor = self.attn(self.ln_1(x), read, past, mask)
         if isinstance(read, Tensor):
             # With tensor parallelism x is a part of the sequence; the pattern is the same in every part.
             read = read[: attended.shape[1]]
@@ -242,11 +265,14 @@ class GPT2(nn.Module):
         """(V, D) weight of the LM head, V padded; under tensor parallelism this rank's rows."""
         return local(self.wte.weight if self.lm_head is None else self.lm_head.weight)
 
-    def embed(self, input_ids: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, documents: Documents | None = None) -> Tensor:
         """input_ids: (B, T) int64 -> residual stream before block 0, (B, T, D)."""
         length = input_ids.shape[1]
         mine = self.tp.split(length)
-        positions = torch.arange(mine.start, mine.stop, device=input_ids.device)
+        if documents is None:
+            positions = torch.arange(mine.start, mine.stop, device=input_ids.device)
+        else:
+            positions = documents.positions[:, mine]
         if self.tp.size == 1:
             tokens = F.embedding(input_ids, self.wte.weight)
         else:
@@ -260,10 +286,10 @@ class GPT2(nn.Module):
         out: Tensor = tokens + F.embedding(positions, local(self.wpe.weight))
         return out
 
-    def run_blocks(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Apply blocks start..stop-1 to x (B, T, D)."""
+    def run_blocks(self, x: Tensor, start: int, stop: int, mask: Tensor | None = None) -> Tensor:
+        """Apply blocks start..stop-1 to x (B, T, D); ``mask`` as for :class:`Attention`."""
         for index in range(start, stop):
-            x = self.blocks[index](x)
+            x = self.blocks[index](x, mask=mask)
         return x
 
     def head_loss(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -329,6 +355,7 @@ class GPT2(nn.Module):
         *,
         last_only: bool = False,
         teacher: TeacherHead | None = None,
+        documents: Documents | None = None,
     ) -> ModelOutput:
         """Summed loss of ``labels``, or logits without them.
 
@@ -338,21 +365,32 @@ class GPT2(nn.Module):
             labels: (B, T) int64, the next token of each position, ``IGNORED_LABEL`` for none.
             last_only: logits of the last position only, (B, 1, V).
             teacher: with labels, what else to learn from.
+            documents: those of ``input_ids``, each of which is computed as if it were alone; T is a multiple
+                of the tensor-parallel ranks then. With ``None`` a row is one document.
         """
         length = input_ids.shape[1]
-        x = self.run_blocks(self.embed(self.whole_parts(input_ids)), 0, self.config.n_layer)
+        x = self.stream_after(self.whole_parts(input_ids), self.config.n_layer, documents)
         return self.read_out(x, labels, length, last_only=last_only, teacher=teacher)
 
-    def residual_after(self, input_ids: Tensor, layer: int) -> Tensor:
-        """Residual stream after block ``layer`` (0-based), (B, T, D)."""
-        return self.run_blocks(self.embed(input_ids), 0, layer + 1)
+    def stream_after(self, input_ids: Tensor, blocks: int, documents: Documents | None = None) -> Tensor:
+        """Residual stream (B, T, D) after so many ``blocks``; documents as for :meth:`forward`."""
+        x = self.embed(input_ids, documents)
+        mask = None if documents is None else attention_mask(documents.ids, x.dtype)
+        return self.run_blocks(x, 0, blocks, mask)
 
-    def final_hidden(self, input_ids: Tensor) -> Tensor:
+    def residual_after(self, input_ids: Tensor, layer: int, documents: Documents | None = None) -> Tensor:
+        """Residual stream after block ``layer`` (0-based), (B, T, D)."""
+        return self.stream_after(input_ids, layer + 1, documents)
+
+    def final_hidden(self, input_ids: Tensor, documents: Documents | None = None) -> Tensor:
         """What the LM head reads, (B, T, D)."""
-        hidden: Tensor = self.ln_f(self.run_blocks(self.embed(input_ids), 0, self.config.n_layer))
+        hidden: Tensor = self.ln_f(self.stream_after(input_ids, self.config.n_layer, documents))
         return hidden
 
-    def loss_from_residual(self, residual: Tensor, labels: Tensor, layer: int) -> Tensor:
+    def loss_from_residual(
+        self, residual: Tensor, labels: Tensor, layer: int, documents: Documents | None = None
+    ) -> Tensor:
         """Summed next-token loss in nats of a residual (B, T, D) put in after block ``layer``."""
-        x = self.run_blocks(residual, layer + 1, self.config.n_layer)
+        mask = None if documents is None else attention_mask(documents.ids, residual.dtype)
+        x = self.run_blocks(residual, layer + 1, self.config.n_layer, mask)
         return self.head_loss(x, labels)

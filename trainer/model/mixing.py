@@ -33,6 +33,10 @@ class Mixing(Protocol):
         """One stream (B, S, D) of h (B, T, D) and the vectors q (B, C, D); :class:`Leave` needs no q."""
         ...
 
+    def spread(self, x: Tensor) -> Tensor:
+        """What belongs to tokens (B, T), at the positions of the mixed stream, (B, S)."""
+        ...
+
     def read(self, num_tokens: int, device: torch.device) -> Positions | None:
         """The position of the mixed stream that predicts each token's next one; ``None`` where S is T."""
         ...
@@ -63,6 +67,10 @@ class Interleave:
         stream = torch.cat((groups, q.unsqueeze(2)), dim=2).flatten(1, 2)
         return stream if covered == h.shape[1] else torch.cat((stream, h[:, covered:]), dim=1)
 
+    def spread(self, x: Tensor) -> Tensor:
+        """See :class:`Mixing`; a vector has what its token has."""
+        return self.mix(x.unsqueeze(2), x[:, self.every - 1 :: self.every].unsqueeze(2)).squeeze(2)
+
     def read(self, num_tokens: int, device: torch.device) -> Positions:
         """See :class:`Mixing`."""
         if self.every == 1:
@@ -87,6 +95,10 @@ class Add:
         assert q is not None
         return h + q
 
+    def spread(self, x: Tensor) -> Tensor:
+        """See :class:`Mixing`."""
+        return x
+
     def read(self, num_tokens: int, device: torch.device) -> None:
         """See :class:`Mixing`."""
 
@@ -105,6 +117,10 @@ class Leave:
     def mix(self, h: Tensor, q: Tensor | None) -> Tensor:
         """See :class:`Mixing`."""
         return h
+
+    def spread(self, x: Tensor) -> Tensor:
+        """See :class:`Mixing`."""
+        return x
 
     def read(self, num_tokens: int, device: torch.device) -> None:
         """See :class:`Mixing`."""
