@@ -9,6 +9,9 @@ The algorithm that is counted is the cheapest one known, not the one that happen
 recomputed activations, the scores that a flash backward computes a second time, padded columns
 and gradients that nobody reads are waste and must not raise the utilisation.
 
+Sequences are counted whole: with ``data.mask_documents`` a query needs fewer keys, how many the data decide,
+and a mask saves the present kernels nothing. So the MFU of such a run is that of the same run without it.
+
 With ``causal=True`` a query at 0-based position p pays for the p + 1 keys that it sees, which is
 (S + 1) / 2 on average over S positions: the masked half is NOT counted. With ``causal=False`` it
 pays for all S keys, as ``torch.utils.flop_counter`` and the usual 6N + 12*L*D*T do; use it to

@@ -59,6 +59,10 @@ class Observer:
         """Before each microbatch, with the one behind it."""
         self._inner.prepare(batch)
 
+    def count(self, batch: Batch) -> Tensor | None:
+        """What the inner objective counts."""
+        return self._inner.count(batch)
+
     def before_step(self, model: nn.Module) -> None:
         """Between the last backward and the update."""
         self._inner.before_step(model)

@@ -32,6 +32,8 @@ class Sizes:
     """B*T of the microbatch."""
     seq_len: int
     element: int
+    masked: bool = False
+    """Whether the documents of a sequence are kept apart."""
 
     @property
     def tp(self) -> int:
@@ -61,6 +63,10 @@ class Sizes:
     def stream(self, positions: int) -> int:
         """(positions, D) activations."""
         return positions * self.model.d_model * self.element
+
+    def mask(self, per_token: int) -> int:
+        """What keeps documents apart where each token has so many positions: (B, S, S)."""
+        return per_token**2 * self.tokens * self.seq_len * self.element if self.masked else 0
 
     def received(self, positions: int) -> int:
         """A sublayer's input where other ranks sent parts of it; alone a rank can compute it again."""
@@ -117,7 +123,7 @@ def last_attention_kept(s: Sizes, recompute: Recompute) -> int:
     if recompute == "selective":
         return split + s.received(positions) + products
     weights = 3 * width**2 // s.tp * s.element
-    mask = 2 * s.seq_len**2 * (1 + s.element)
+    mask = 0 if s.masked else 2 * s.seq_len**2 * (1 + s.element)
     return split + s.stream(positions) + products + weights + mask + s.statistics(positions)
 
 

@@ -48,6 +48,7 @@ from trainer.concepts.sae import TopKSae
 from trainer.config import ModelConfig
 from trainer.metrics.sums import ConceptUsage, StepMetrics
 from trainer.model.cocomix import CoCoMix
+from trainer.model.documents import Documents
 from trainer.model.gpt2 import GPT2
 from trainer.objective import CoCoMixLoss, NextToken, Objective
 from trainer.optim import build_optimizer
@@ -170,9 +171,9 @@ class _Phases(FsdpEngine):
 class _MeteredExtractor(TargetExtractor):
     meter: Meter
 
-    def __call__(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, labels: Tensor, documents: Documents | None = None) -> Tensor:
         self.meter.phase = "targets"
-        targets = super().__call__(input_ids, labels)
+        targets = super().__call__(input_ids, labels, documents)
         self.meter.phase = "forward"
         return targets
 
@@ -242,8 +243,9 @@ def _frozen(plan: Plan, replica: DeviceMesh, tp: TensorGroup) -> tuple[GPT2, Top
 
 
 def _objective(plan: Plan, mesh: Mesh, meter: Meter, frozen: tuple[GPT2, TopKSae] | None) -> Objective:
+    end_id = 0 if plan.config.data.mask_documents else None  # no fake token has a value
     if plan.concepts is None:
-        return NextToken()
+        return NextToken(end_id)
     extractor = None
     if frozen is not None:
         teacher, sae = frozen
@@ -251,7 +253,8 @@ def _objective(plan: Plan, mesh: Mesh, meter: Meter, frozen: tuple[GPT2, TopKSae
         sae.to_empty(device="cpu")
         extractor = _MeteredExtractor(teacher, sae, plan.concepts, tensor_group(mesh))
         extractor.meter = meter
-    return CoCoMixLoss(extractor, plan.config.objective, plan.config.train.steps)
+    config = plan.config
+    return CoCoMixLoss(extractor, config.objective, config.train.steps, document_end=end_id)
 
 
 def _batch(plan: Plan) -> Batch:

@@ -150,6 +150,7 @@ def _microbatch(
         tokens=rows * config.data.seq_len,
         seq_len=config.data.seq_len,
         element=2 if config.train.precision == "bf16" else FP32,
+        masked=config.data.mask_documents,
     )
     book = _book(config)
     _hold_state(book, config, layout, teacher)
@@ -203,12 +204,14 @@ def _extraction(book: Book, config: RunConfig, layout: Layout, teacher: Teacher,
     element = 2 if concepts.precision == "bf16" else FP32
     tokens = -(-rows // layout.tp) * config.data.seq_len
     stream = element * tokens * teacher.d_model
+    masks = config.data.seq_len * tokens * element if config.data.mask_documents else 0
     # Norm input twice, queries, keys, values and their mixture, the inner width before gelu.
     kept = (teacher.n_layer - 1 - concepts.sae_layer) * (10 * stream + FP32 * tokens * teacher.n_head)
     columns = padded(teacher.vocab_size)
     book.note(
         "targets: the teacher's head",
         extraction=kept + 4 * stream,
+        document_masks=masks,
         extraction_logits=element * chunk_rows(tokens, columns) * columns,
         teacher_gathered=element * _teacher_gathered(teacher, layout) if parallel.shard_teacher else 0,
     )
@@ -235,7 +238,7 @@ def _teacher_gathered(teacher: Teacher, layout: Layout) -> int:
 def _forward(book: Book, s: Sizes) -> None:
     """Book what the student's forward keeps, and note its two heads."""
     num_blocks = s.model.n_layer
-    book.hold(tokens=s.tokens * 3 * INT64)
+    book.hold(tokens=s.tokens * (5 if s.masked else 3) * INT64, document_masks=s.mask(1))
     if s.concepts is None:
         _hold_blocks(book, s, "blocks", num_blocks, s.tokens)
         _top_block(book, s)
@@ -245,6 +248,7 @@ def _forward(book: Book, s: Sizes) -> None:
         _concept_head(book, s)
         # The two streams that were interleaved stay until the model's forward returns.
         book.hold(concept_mixer=mixer_kept(s), streams_before_interleaving=2 * s.stream(s.tokens) // s.tp)
+        book.hold(interleaved_masks=s.mask(2))
         _hold_blocks(book, s, "interleaved_blocks", num_blocks - 1 - lower, 2 * s.tokens)
         _top_block(book, s)
         how = s.parallel.recompute
@@ -344,10 +348,11 @@ def _backward(book: Book, s: Sizes, *, accumulated: bool) -> None:
         positions, done = (s.tokens, 0) if s.concepts is None else (2 * s.tokens, 1)
         _backward_block(book, s, "backward: top block", positions, done=done, accumulated=accumulated)
     book.drop("blocks_attention", "blocks_MLP", "interleaved_blocks_attention", "interleaved_blocks_MLP")
+    book.drop("interleaved_masks")
     if s.concepts is not None:
         _backward_mixer(book, s, accumulated=accumulated)
         book.drop("concept_mixer", "concept_head_gradients", "blocks_below_attention", "blocks_below_MLP")
-    book.drop("root_gradients")
+    book.drop("root_gradients", "document_masks")
     _reduce_root(book, s, accumulated=accumulated)
 
 

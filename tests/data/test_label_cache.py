@@ -231,7 +231,8 @@ def test_labels_of_something_else_are_refused(shard_folder: Path, labels: Path, 
     """Catches targets of another teacher, dictionary, tokenisation or window length."""
     others = {"data": "c" * 64, "teacher": "c" * 64, "sae": "c" * 64, "seq_len": 16, "num_targets": 4,
               "num_concepts": 7, "sae_layer": 1, "targets": "random", "attribution": "abs",
-              "mask_non_positive": False, "mask_documents": True, "precision": "bf16", "arithmetic": 2, "rows_per_pass": 1}  # fmt: skip
+              "mask_non_positive": False, "mask_documents": True, "precision": "bf16", "arithmetic": 2,
+              "rows_per_pass": 1}  # fmt: skip
     assert set(others) == {field.name for field in dataclasses.fields(LabelSettings)}
     for name, value in others.items():
         with pytest.raises(DataError, match=f"do not fit, {name} was .* and is [^,]*;") as caught:

@@ -137,6 +137,19 @@ VARIANTS = {
         8,
         (*SHALLOW, "--concepts.source=cache", "--train.batch_size=64", "--parallel.tp=2"),
     ),
+    "documents": ("386m", 8, (*SHALLOW, "--train.batch_size=64", "--data.mask_documents=true")),
+    "documents, tp": (
+        "1b",
+        8,
+        (
+            *SHALLOW,
+            *SPLIT,
+            "--train.batch_size=64",
+            "--data.mask_documents=true",
+            "--parallel.recompute=full",
+        ),
+    ),
+    "documents, next token": ("1b_ntp", 8, (*SHALLOW, "--train.batch_size=64", "--data.mask_documents=true")),
     "untied head": ("69m_ntp", 8, ("--model.tied_head=false", "--train.batch_size=64")),
 }
 

@@ -71,6 +71,7 @@ def run(config: RunConfig, world: World) -> list[tuple[dict[str, float], int, in
 # microbatch, the last block, the teacher's two halves and a forward without gradients have their own.
 CASES: dict[str, tuple[int, str, dict[str, Any], int, int]] = {
     "one": (1, "cocomix", {"train__batch_size": 3}, 8, 2),
+    "documents": (1, "cocomix", {"train__batch_size": 3, "data__mask_documents": True}, 8, 2),
     "fsdp2, selective": (
         2,
         "cocomix",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -235,6 +236,7 @@ def _add_concepts(
 ) -> None:
     targets = extractor(*inputs)
     for row, wanted in enumerate(targets):  # (T, M) logits at a time
-        documents = None if inputs.documents is None else inputs.documents.map(lambda x, r=row: x[r : r + 1])
-        logits = model.concept_logits(inputs.input_ids[row : row + 1], documents)
+        only = itemgetter(slice(row, row + 1))
+        documents = None if inputs.documents is None else inputs.documents.map(only)
+        logits = model.concept_logits(only(inputs.input_ids), documents)
         quality.add(logits.flatten(0, 1), wanted, model.mixer.top_k)

@@ -28,9 +28,9 @@ from trainer.model.student import build_student
 from trainer.stop import StopRequest
 
 
-def write_run(world: Path, run: Path, objective: str = "cocomix") -> Path:
+def write_run(world: Path, run: Path, objective: str = "cocomix", **changes: Any) -> Path:
     """A run directory as training leaves it, with random weights."""
-    config = tiny_config(world, run, objective)
+    config = tiny_config(world, run, objective, **changes)
     run.mkdir(parents=True)
     replace_text(run / "config.yaml", dump_config(config))
     if objective != "sae":

@@ -129,9 +129,9 @@ def test_the_last_pass_of_a_chunk_has_the_shape_of_the_others(
     shapes: list[tuple[int, ...]] = []
 
     class Watched(TargetExtractor):
-        def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        def __call__(self, input_ids: torch.Tensor, *more: Any) -> torch.Tensor:
             shapes.append(tuple(input_ids.shape))
-            return super().__call__(input_ids, labels)
+            return super().__call__(input_ids, *more)
 
     storage, manifest = open_source(config.data)
     tokens = read_chunk(storage, manifest.dtype, *manifest.splits["train"].chunks[0])
