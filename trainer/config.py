@@ -399,6 +399,11 @@ class RunConfig:
             raise ValueError(
                 f"data.seq_len={self.data.seq_len} must be at most model.n_positions={self.model.n_positions}"
             )
+        if self.data.mask_documents and "" in self.log.sample_prompts:
+            raise ValueError(
+                "log.sample_prompts must hold no empty prompt with data.mask_documents=true: it would begin "
+                "behind an end-of-text token, where such a model is taught nothing"
+            )
         if self.insertion is not None:
             self._check_insertion("pause" if self.objective.name == "pause" else "concepts", self.insertion)
 

@@ -154,6 +154,14 @@ def test_it_is_another_run_than_without(name: str, tiny_world: Path, tmp_path: P
     assert first["loss_ntp"] != pytest.approx(other["loss_ntp"], abs=1e-4)
 
 
+def test_an_empty_prompt_is_refused(tiny_world: Path) -> None:
+    """Catches samples of what was never trained: the first token of a document."""
+    with pytest.raises(ValueError, match="log.sample_prompts must hold no empty prompt") as error:
+        masked(tiny_world, tiny_world, "ntp", log__sample_prompts=["", "a"])
+    assert "\n" not in str(error.value)
+    masked(tiny_world, tiny_world, "ntp", log__sample_prompts=["", "a"], data__mask_documents=False)
+
+
 # Document by document
 
 
