@@ -72,10 +72,10 @@ def _extractions(config: RunConfig, stop: StopRequest | None = None) -> int:
         calls = 0
         extract = TargetExtractor.__call__
 
-        def counted(self: TargetExtractor, input_ids: Tensor, labels: Tensor) -> Tensor:
+        def counted(self: TargetExtractor, *inputs: Any) -> Tensor:
             nonlocal calls
             calls += 1
-            return extract(self, input_ids, labels)
+            return extract(self, *inputs)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(TargetExtractor, "__call__", counted)
