@@ -230,6 +230,6 @@ def _metrics(config: RunConfig, layout: Layout) -> Iterator[Transfer]:
     concepts = concepts_of(config)
     if concepts is not None:
         size += 2 * (concepts.num_concepts + 1)
-    if config.data.mask_documents:
-        size += INT64  # how many tokens have a label
     yield Transfer("metrics", "dp", "all-reduce", size, exposed=True)
+    if config.data.mask_documents:
+        yield Transfer("tokens that have a label", "dp", "all-reduce", INT64, exposed=True)
