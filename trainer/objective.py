@@ -115,7 +115,7 @@ class _TextLoss:
         """See :class:`Objective`."""
         if self.document_end is None:
             return None
-        return (batch.tokens[: batch.num_rows, :-1].long() != self.document_end).sum()
+        return (split_tokens(batch, self.document_end).labels != IGNORED_LABEL).sum()
 
     def _num_tokens(self, batch: Batch, inputs: Inputs) -> Tensor | float:
         """Tokens of a microbatch that have a label."""

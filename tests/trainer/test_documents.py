@@ -140,6 +140,25 @@ def test_a_resumed_run_and_one_with_targets_ahead_have_the_same_bits(
 
 
 @pytest.mark.dist
+def test_bf16_stays_near_fp32(tiny_world: Path, tmp_path: Path, runs: Path) -> None:
+    """Catches a mask that has not the dtype of the queries, in the student or in a teacher of another one."""
+    precisions = [("bf16", "fp32"), ("bf16", "bf16")]
+    configs = [
+        masked(tiny_world, tmp_path / teacher, "cocomix", train__precision=own, concepts__precision=teacher)
+        for own, teacher in precisions
+    ]
+
+    def one_rank(world: World) -> set[str]:
+        with StopRequest() as stop:
+            return {train(config, world, stop) for config in configs}
+
+    assert run_ranks(one_rank, 1) == [{"finished"}]
+    for _, teacher in precisions:
+        for own, other in zip(losses(tmp_path / teacher), losses(runs / "one" / "cocomix"), strict=True):
+            assert own["loss_ntp"] == pytest.approx(other["loss_ntp"], abs=2e-2)
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("name", ["ntp", "cocomix"])
 def test_it_is_another_run_than_without(name: str, tiny_world: Path, tmp_path: Path, runs: Path) -> None:
     """Catches an option without effect."""
