@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.trainer.model.tiny import randomize, tiny_concepts, tiny_config, tiny_gpt2
 from trainer.concepts.attribution import residual_and_gradient
 from trainer.config import Insertion, PauseConfig, RegressionInsertion
+from trainer.kernels.reference import IGNORED_LABEL
 from trainer.model.documents import Documents, attention_mask, split_windows
 from trainer.model.gpt2 import GPT2, ModelOutput
 from trainer.model.student import build_student
@@ -43,14 +44,18 @@ class Alone(NamedTuple):
     place: slice
 
 
-def one_by_one(tokens: Tensor, labels: Tensor) -> Iterator[Alone]:
-    """The documents of windows, found by a plain loop."""
-    for row, ids in enumerate(tokens[:, :-1].tolist()):
+def one_by_one(tokens: Tensor) -> Iterator[Alone]:
+    """The documents of windows (B, T+1), found by a plain loop; an END has no next token."""
+    for row, ids in enumerate(tokens.tolist()):
         start = 0
-        for column, token in enumerate(ids):
-            if token == END or column == len(ids) - 1:
+        for column in range(len(ids) - 1):
+            if ids[column] == END or column == len(ids) - 2:
                 place = slice(start, column + 1)
-                yield Alone(tokens[row : row + 1, place], labels[row : row + 1, place], row, place)
+                labels = [
+                    IGNORED_LABEL if token == END else following
+                    for token, following in zip(ids[place], ids[start + 1 :], strict=False)
+                ]
+                yield Alone(tokens[row : row + 1, place], torch.tensor([labels]), row, place)
                 start = column + 1
 
 
@@ -122,7 +127,7 @@ def test_a_student_reads_packed_documents_as_if_each_were_alone(name: str) -> No
 
     totals = [0.0 for _ in losses]
     count = 0
-    for document in one_by_one(tokens, inputs.labels):
+    for document in one_by_one(tokens):
         ids = document.tokens
         alone, own = run(model, ids, document.labels, targets_of(insertion, ids), None)
         parts = [loss for loss in (alone.loss_ntp, alone.loss_concept) if loss is not None]
@@ -153,7 +158,7 @@ def test_vectors_after_some_tokens(kind: str, every: int) -> None:
     tokens = windows(((6, 12, 6), (12, 12)))
     inputs = split_windows(tokens, END)
     logits = model(inputs.input_ids, documents=inputs.documents).logits
-    for document in one_by_one(tokens, inputs.labels):
+    for document in one_by_one(tokens):
         found = logits[document.row : document.row + 1, document.place]
         torch.testing.assert_close(found, model(document.tokens).logits, atol=TOLERANCE, rtol=0)
 
@@ -181,7 +186,7 @@ def test_the_teacher_s_residual_and_gradient() -> None:
     teacher, tokens = tiny_gpt2(seed=3).requires_grad_(False), windows()
     inputs = split_windows(tokens, END)
     packed = residual_and_gradient(teacher, *inputs[:2], 1, inputs.documents)
-    for document in one_by_one(tokens, inputs.labels):
+    for document in one_by_one(tokens):
         alone = residual_and_gradient(teacher, document.tokens, document.labels, 1)
         for found, expected in zip(packed[:2], alone[:2], strict=True):
             part = found[document.row, document.place]
