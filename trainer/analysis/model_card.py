@@ -123,6 +123,7 @@ def _training_rows(config: RunConfig) -> list[Row]:
         ("planned steps", config.train.steps),
         ("tokens per step", config.tokens_per_step),
         ("tokens per row", config.data.seq_len),
+        ("documents of a row", "kept apart" if config.data.mask_documents else "read as one text"),
         ("learning rate", f"{config.optim.lr:g} to {config.optim.min_lr:g}, {config.optim.schedule}"),
         ("weight decay", config.optim.weight_decay),
         ("precision", config.train.precision),
