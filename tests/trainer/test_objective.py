@@ -27,6 +27,7 @@ from trainer.kernels.reference import MASKED_TARGET
 from trainer.main import train
 from trainer.metrics.json_lines import read_json_lines
 from trainer.model.cocomix import CoCoMix
+from trainer.model.documents import Documents
 from trainer.model.formats import load_model
 from trainer.model.gpt2 import GPT2
 from trainer.model.student import build_student
@@ -310,6 +311,19 @@ def test_random_targets_are_active_latents_of_the_window_alone(tiny_world: Path)
     other[:, 3] = (other[:, 3] + 1) % 290
     redrawn = extractor(other[:, :-1], other[:, 1:])
     assert (redrawn[:, :3] != targets[:, :3]).any(), "the window's other tokens are"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_draw_is_the_token_s_whatever_tokens_have_concepts(apart: bool) -> None:
+    """Catches targets on the fly that are not those of labels, which are made for every token."""
+    input_ids = torch.arange(24).view(2, 12)
+    documents = Documents.ended_by(input_ids, 5) if apart else None
+    values, ids = torch.ones(2, 12, 5), torch.arange(5).expand(2, 12, 5)
+    everywhere = random_scores(input_ids, values, ids, documents)
+    assert torch.equal(
+        random_scores(input_ids, values[:, 2::3], ids[:, 2::3], documents), everywhere[:, 2::3]
+    )
+    assert len(everywhere.unique()) == everywhere.numel()
 
 
 def test_latents_without_activation_are_never_drawn() -> None:

@@ -76,16 +76,15 @@ def random_scores(
     Returns:
         (B, C, K) fp64, which has too many values for ties.
     """
+    every = input_ids.shape[1] // ids.shape[1]
+    position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     if documents is None:
-        position = torch.arange(input_ids.shape[1], device=input_ids.device)
-        text = _hash(input_ids * 2**32 + position).sum(1)[:, None, None]
-        place = torch.arange(ids.shape[1], device=ids.device)[:, None]
+        text = _hash(input_ids * 2**32 + position).sum(1)[:, None]
     else:
-        every = input_ids.shape[1] // ids.shape[1]
-        text = documents.totals(_hash(input_ids * 2**32 + documents.positions))
-        text = text[:, every - 1 :: every, None]
-        place = documents.positions[:, every - 1 :: every, None] // every
-    bits = _hash(text ^ _hash(place * 2**32 + ids)) >> 11
+        position = documents.positions
+        text = documents.totals(_hash(input_ids * 2**32 + position))[:, every - 1 :: every]
+    place = position[:, every - 1 :: every]
+    bits = _hash(text.unsqueeze(2) ^ _hash(place.unsqueeze(2) * 2**32 + ids)) >> 11
     return ((bits & (2**53 - 1)) + 1).double() * 2.0**-53 * (values > 0)
 
 
