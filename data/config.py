@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 def is_remote(place: str) -> bool:
@@ -36,6 +37,9 @@ class DataConfig:
 
     skip: tuple[tuple[int, int], ...] = ()
     """Ranges ``[first, last)`` of global rows that are left out, as a run's ``skip`` events name them."""
+
+    on_damage: Literal["raise", "skip"] = "raise"
+    """What a damaged chunk does: end the run, or leave its rows out of the loss, each in its place."""
 
     cache_dir: str = ""
     """Folder on the node's own disk that keeps what was read from ``dir``; empty keeps nothing."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -19,8 +19,8 @@ import numpy as np
 import xxhash
 
 from data.files import replace_text
-from data.manifest import DataError
-from data.storage import LocalStorage, Storage
+from data.manifest import DamagedData, DataError
+from data.storage import LocalStorage, Storage, read_decoded
 
 VERSION = 1
 LABELS_NAME = "labels.json"
@@ -114,14 +114,14 @@ class LabelCache:
     """
 
     def __init__(self, storage: Storage, settings: LabelSettings, splits: Splits) -> None:
-        self._storage = storage
+        self.storage = storage
         self.settings = settings
         self.splits = splits
 
     @property
     def place(self) -> str:
         """The folder or URL, for messages."""
-        return self._storage.place
+        return self.storage.place
 
     def chunk_bytes(self, split: str, number: int) -> int:
         """Bytes of the file of one chunk."""
@@ -140,23 +140,37 @@ class LabelCache:
             buffer: at least the file's bytes that may be read into.
 
         Raises:
-            DataError: the file is missing, of another size or damaged.
+            DamagedData: the file is missing, of another size or damaged.
+            DataError: it cannot be had.
         """
         name, size = self._name(split, number), self.chunk_bytes(split, number)
-        self._storage.check_size(name, size)
-        data = self._storage.read_range(name, 0, size, buffer)
-        if digest_of(data) != self.splits[split][number].digest:
-            raise DataError(f"{self.place}/{name}: damaged: its XXH3 is not the one in its name")
-        return np.frombuffer(data, dtype="<u2").reshape(-1, *self.settings.window_shape)
+        self.storage.check_size(name, size)
+
+        def ids(data: memoryview) -> np.ndarray:
+            if digest_of(data) != self.splits[split][number].digest:
+                raise DamagedData(f"{self.place}/{name}: damaged: its XXH3 is not the one in its name")
+            return np.frombuffer(data, dtype="<u2").reshape(-1, *self.settings.window_shape)
+
+        return read_decoded(self.storage, name, 0, size, buffer, ids)
+
+    def check_unchanged(self) -> None:
+        """Refuse to call anything damaged where ``labels.json`` is gone or another one now.
+
+        Raises:
+            DataError: it is.
+        """
+        raw = self.storage.read(LABELS_NAME)
+        if parse_labels(raw, f"{self.place}/{LABELS_NAME}") != (self.settings, self.splits):
+            raise DataError(f"{self.place}/{LABELS_NAME}: changed since it was opened")
 
     def check(self, wanted: LabelSettings) -> None:
-        """Refuse labels that were made from something else, or with files missing where that is cheap to see.
+        """Refuse labels that were made from something else.
 
         Args:
             wanted: what they are for.
 
         Raises:
-            DataError: one line that names everything that differs, or the file.
+            DataError: one line that names everything that differs.
         """
         different = differences(self.settings, wanted)
         if different:
@@ -164,10 +178,12 @@ class LabelCache:
                 f"{self.place}: these labels do not fit, {different}; "
                 "python -m trainer.concepts.label makes others, concepts.labels says where"
             )
+    def files(self) -> Iterator[tuple[str, int]]:
+        """Name and bytes of each file."""
         for split, chunks in self.splits.items():
             for number, chunk in enumerate(chunks):
                 if chunk.windows:
-                    self._storage.check_size(self._name(split, number), self.chunk_bytes(split, number))
+                    yield self._name(split, number), self.chunk_bytes(split, number)
 
     def _name(self, split: str, number: int) -> str:
         return chunk_name(split, number, self.splits[split][number].digest)

@@ -76,10 +76,10 @@ class TokenLoader:
 
         Returns:
             tokens (rows_per_step // world_size, seq_len + 1) uint16, or int32 for uint32 shards, and with
-            labels their targets; all rows count.
+            labels their targets; all rows count, unless they are damaged and ``data.on_damage=skip``.
 
         Raises:
-            DataError: a damaged shard.
+            DataError: a damaged shard, or one that cannot be had.
         """
         batch = next(self._read_ahead())
         self._next_row = after_skips(self._next_row, self._config.skip) + self._rows_per_step
@@ -150,7 +150,13 @@ class TokenLoader:
 
         keep_steps = 1 + -(-order.lanes // rows)  # after so many steps every lane had its turn
         windows = read_windows(
-            *self._source, "train", self._config.seq_len, steps(), keep_steps, self._labels
+            *self._source,
+            "train",
+            self._config.seq_len,
+            steps(),
+            keep_steps,
+            self._labels,
+            self._config.on_damage,
         )
         return map(_to_batch, windows, itertools.repeat(rows // world_size))
 
@@ -191,7 +197,9 @@ def validation_batches(
     windows = _first_windows(counts, max(1, round(share * sum(counts))))
     starts = range(rank * rows, len(windows) + rank * rows, rows * world_size)
     steps = (windows[np.minimum(start + np.arange(rows), len(windows) - 1)] for start in starts)
-    found = read_windows(*source, "val", config.seq_len, steps, VALIDATION_KEEP_STEPS, labels)
+    found = read_windows(
+        *source, "val", config.seq_len, steps, VALIDATION_KEEP_STEPS, labels, config.on_damage
+    )
     real = (min(max(len(windows) - start, 0), rows) for start in starts)
     return map(_to_batch, found, real)
 
@@ -263,7 +271,8 @@ class _Prefetcher:
 
 def _to_batch(windows: Windows, num_rows: int) -> Batch:
     targets = None if windows.targets is None else _to_tensor(windows.targets)
-    return Batch(_to_tensor(windows.tokens), num_rows, targets)
+    damaged = tuple(row for row in windows.damaged if row.row < num_rows)
+    return Batch(_to_tensor(windows.tokens), num_rows, targets, damaged)
 
 
 def _to_tensor(ids: np.ndarray) -> torch.Tensor:

@@ -28,6 +28,10 @@ class DataError(RuntimeError):
         return str(self.args[0]) if self.args else ""
 
 
+class DamagedData(DataError):
+    """A file of a data set that is missing, or not what its manifest says; the data set is there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """One tar member: consecutive tokens of a split, with the next chunk's first token at the end."""

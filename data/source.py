@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from data.config import DataConfig, is_remote
 from data.label_cache import LABELS_NAME, LabelCache, LabelSettings, parse_labels, read_labels
-from data.manifest import MANIFEST_NAME, TOKENIZER_NAME, DataError, Manifest, parse_manifest, read_manifest
+from data.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    DamagedData,
+    DataError,
+    Manifest,
+    parse_manifest,
+    read_manifest,
+)
 from data.shard_cache import CachedStorage
 from data.storage import LocalStorage, RemoteStorage, Storage
 from data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 GIGABYTE = 10**9
 
@@ -38,8 +50,7 @@ def open_source(config: DataConfig) -> Source:
         )
     _check_tokenizer(storage, manifest)
     for name, split in manifest.splits.items():
-        for shard in split.shards:
-            storage.check_size(shard.name, shard.bytes)
+        _check_sizes(config, storage, ((shard.name, shard.bytes) for shard in split.shards))
         _check_windows(config, manifest, name)
     return Source(storage, manifest)
 
@@ -86,6 +97,7 @@ def open_label_cache(config: DataConfig, place: str, wanted: LabelSettings) -> L
         *parse_labels(raw, f"{storage.place}/{LABELS_NAME}"),
     )
     cache.check(wanted)
+    _check_sizes(config, cache.storage, cache.files())
     return cache
 
 
@@ -110,6 +122,17 @@ def _cached(config: DataConfig, storage: Storage, version: str) -> Storage:
     return CachedStorage(
         storage, config.cache_dir, max_bytes=int(config.cache_gb * GIGABYTE), version=version
     )
+
+
+def _check_sizes(config: DataConfig, storage: Storage, files: Iterable[tuple[str, int]]) -> None:
+    """Files that are missing or of another size end the run, or are named where damage is skipped."""
+    for name, size in files:
+        try:
+            storage.check_size(name, size)
+        except DamagedData as error:
+            if config.on_damage == "raise":
+                raise
+            logger.warning("%s; rows of it that cannot be read are skipped (data.on_damage=skip)", error)
 
 
 def _check_windows(config: DataConfig, manifest: Manifest, split: str) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 import numpy as np
 
-from data.manifest import DataError
+from data.manifest import DamagedData, DataError
 
 T = TypeVar("T")
 
@@ -23,6 +24,7 @@ ATTEMPTS_PER_TIMEOUT = 4
 # What trying again cannot change. The rest (refused or dropped connections, time-outs, 5xx) may pass.
 _FINAL_STATUS = range(400, 500)
 _PASSING_STATUS = frozenset((408, 425, 429))
+_DAMAGED_STATUS = frozenset((404, 410, 416))
 
 
 class Storage(Protocol):
@@ -55,15 +57,20 @@ class Storage(Protocol):
             buffer: memory of ``size`` bytes or more that may be read into, so that none is made.
 
         Raises:
-            DataError: the file is missing or shorter, or cannot be had.
+            DamagedData: the file is missing or shorter.
+            DataError: it cannot be had.
         """
+        ...
+
+    def forget(self, name: str, offset: int, size: int) -> None:
+        """Keep no copy of a range, whose bytes proved to be damaged."""
         ...
 
     def check_size(self, name: str, size: int) -> None:
         """Refuse a file that is missing or not ``size`` bytes long, where that costs no round trip.
 
         Raises:
-            DataError: it is not as it should be.
+            DamagedData: it is not as it should be.
         """
         ...
 
@@ -84,34 +91,30 @@ class LocalStorage:
     def read(self, name: str) -> bytes:
         """See :class:`Storage`."""
         path = self._folder / name
-        try:
+        with _one_line(path):
             return path.read_bytes()
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: missing") from error
 
     def read_range(self, name: str, offset: int, size: int, buffer: memoryview | None = None) -> memoryview:
         """See :class:`Storage`."""
         path = self._folder / name
         data = (new_buffer(size) if buffer is None else buffer)[:size]
-        try:
-            with open(path, "rb", buffering=0) as file:
-                found = _read_at(file.fileno(), data, offset)
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: file is missing") from error
+        with _one_line(path), open(path, "rb", buffering=0) as file:
+            found = _read_at(file.fileno(), data, offset)
         try:
             return _of_size(data[:found], offset, size)
         except _ShortRead as error:
-            raise DataError(f"{path}: {error}") from error
+            raise DamagedData(f"{path}: {error}") from error
+
+    def forget(self, name: str, offset: int, size: int) -> None:
+        """Nothing: a folder keeps no copies."""
 
     def check_size(self, name: str, size: int) -> None:
         """See :class:`Storage`."""
         path = self._folder / name
-        try:
+        with _one_line(path):
             found = path.stat().st_size
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: file is missing") from error
         if found != size:
-            raise DataError(f"{path}: file has {found} bytes, the manifest says {size}")
+            raise DamagedData(f"{path}: file has {found} bytes, the manifest says {size}")
 
 
 class RemoteStorage:
@@ -154,6 +157,9 @@ class RemoteStorage:
 
         return self._insist(name, attempt)
 
+    def forget(self, name: str, offset: int, size: int) -> None:
+        """Nothing: this is where the bytes come from."""
+
     def check_size(self, name: str, size: int) -> None:
         """Nothing: hundreds of ranks would ask for hundreds of shards. A read finds what is wrong."""
 
@@ -167,11 +173,12 @@ class RemoteStorage:
             try:
                 return attempt(url)
             except Exception as error:  # every protocol's package raises its own
+                kind = DamagedData if _is_damage(error) else DataError
                 if _is_final(error):
-                    raise DataError(f"{where}: {_reason(error)}") from error
+                    raise kind(f"{where}: {_reason(error)}") from error
                 spent = time.monotonic() - started
                 if spent + pause > self._timeout_s:
-                    raise DataError(
+                    raise kind(
                         f"{where}: gave up after {spent:.0f} s and {tries} attempts "
                         f"(data.remote_timeout_s={self._timeout_s:g}): {_reason(error)}"
                     ) from error
@@ -221,6 +228,12 @@ def _is_final(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError | PermissionError | _NoRanges)
 
 
+def _is_damage(error: Exception) -> bool:
+    """Whether a server that works says so of the file: it is missing, or ends before the range."""
+    status = getattr(error, "status", None)
+    return status in _DAMAGED_STATUS or isinstance(error, FileNotFoundError | _ShortRead)
+
+
 def _reason(error: Exception) -> str:
     """What happened, in a few words: the packages' own messages repeat the URL."""
     if isinstance(error, FileNotFoundError):
@@ -231,6 +244,43 @@ def _reason(error: Exception) -> str:
         return str(error)
     status = getattr(error, "status", None)
     return type(error).__name__ + (f" {status}" if isinstance(status, int) else "")
+
+
+def read_decoded(
+    storage: Storage,
+    name: str,
+    offset: int,
+    size: int,
+    buffer: memoryview | None,
+    decode: Callable[[memoryview], T],
+) -> T:
+    """Read a range and check it; what fails the check is read anew once, past any cache.
+
+    Args:
+        storage, name, offset, size, buffer: as for :meth:`Storage.read_range`.
+        decode: raises :class:`DamagedData` for bytes that are not as they should be.
+
+    Raises:
+        DamagedData, DataError: as ``read_range`` and ``decode``.
+    """
+    data = storage.read_range(name, offset, size, buffer)
+    try:
+        return decode(data)
+    except DamagedData:
+        storage.forget(name, offset, size)
+    return decode(storage.read_range(name, offset, size, buffer))
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Errors of the operating system in the words of this package."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedData(f"{path}: file is missing") from error
+    except OSError as error:
+        # A disk or a file server that fails, or a right that is missing: nothing is said about the bytes.
+        raise DataError(f"{path}: {error.strerror}") from error
 
 
 def new_buffer(size: int) -> memoryview:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from parallel.mesh import Mesh
 from parallel.world import World
+
+T = TypeVar("T")
 
 
 def sum_over_ranks(tensor: Tensor, mesh: Mesh) -> Tensor:
@@ -80,6 +82,16 @@ class Agreement:
         self._flags = torch.tensor((stop, save), dtype=torch.uint8)
         self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's ``value``, any small object, by rank; every rank calls this and waits.
+
+        Raises:
+            RuntimeError: A rank did not take part within the world's time limit.
+        """
+        values: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def finish(self) -> Flags:
         """Wait for the last exchange and return what it agreed on, once; no flag if there is none."""

@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "trainer.stop",
         "trainer.heartbeat",
         "trainer.health",
+        "trainer.damage",
     ),
     ("trainer.analysis", "trainer.verify"),
     ("trainer.loop",),

@@ -98,6 +98,8 @@ class HealthMonitor:
         return self._judge_loss(step, losses[0]) if losses else None
 
     def _judge_loss(self, step: int, loss: float) -> Spike | None:
+        if math.isnan(loss):
+            return None  # no row of the step counted
         window = self._losses
         if len(window) >= self._config.spike_window // 2:
             mean, std = fmean(window), pstdev(window)

@@ -26,6 +26,7 @@ from trainer.checkpoint.policy import CheckpointPolicy
 from trainer.checkpoint.state import RunState, capture_rng, code_version, restore_rng
 from trainer.config import RunConfig
 from trainer.config_io import dump_config, to_dict
+from trainer.damage import DamageCount
 from trainer.feed import Feed
 from trainer.health import HealthMonitor, Skipped, Spike
 from trainer.heartbeat import Heartbeat
@@ -91,6 +92,7 @@ class Loop:
         self.feed = Feed(parts.loader, device, look_ahead=look_ahead)
         self.usage = None if concepts is None else ConceptUsage(concepts.num_concepts, device)
         self.health = HealthMonitor(config.health)
+        self.damage = DamageCount(parts.mesh)
         self.code_version = code_version()
         self.last_validation: dict[str, float] = {}
 
@@ -130,6 +132,7 @@ class Loop:
         started = time.perf_counter()
         batch = self.feed.next()
         data_wait_s = time.perf_counter() - started
+        self.damage.add(batch)
         lr = learning_rate(step, config.train.steps, config.optim)
         self.progress.step = step = step + 1
         self.heartbeat.beat(step, "step")
@@ -142,6 +145,7 @@ class Loop:
             upcoming=self.feed.upcoming(),
             microbatch_size=config.train.microbatch_size,
             tokens_per_step=config.tokens_per_step,
+            rows_may_be_skipped=config.data.on_damage == "skip",
             step=step - 1,
             lr=lr,
             metrics=self.metrics,
@@ -172,6 +176,13 @@ class Loop:
             logger.warning("step %d was skipped: its gradients are not finite", verdict.step)
             self.log.event("skip", what="non-finite gradients", **asdict(verdict))
         return isinstance(verdict, Spike) and self.rewind(verdict)
+
+    def report_damage(self, damage: DamageCount) -> None:
+        """Note how many rows of which chunks did not count so far; a collective."""
+        if self.config.data.on_damage == "raise":
+            return
+        for facts in damage.gather(self.agreement):
+            self.log.event("skip", what="damaged data", step=self.progress.step, **facts)
 
     def rewind(self, spike: Spike) -> bool:
         """Go back to the newest checkpoint and leave out the batches read since; False if there is none.
@@ -228,6 +239,7 @@ class Loop:
     def run_validation(self) -> None:
         """Means over the validation windows, on the record of this step."""
         config, parts = self.config, self.parts
+        damage = DamageCount(parts.mesh)
         with self.log.paused(), self.heartbeat.phase("validation"):
             batches = validation_batches(
                 config.data,
@@ -241,11 +253,12 @@ class Loop:
                 parts.engine,
                 parts.objective,
                 parts.mesh,
-                batches,
+                damage.watch(batches),
                 config.train.microbatch_size,
                 parts.world.device,
                 step=self.progress.step,
             )
+            self.report_damage(damage)
         self.log.validation(self.progress.step, values)
         self.progress.validated_step = self.progress.step
         self.last_validation = values
@@ -289,11 +302,16 @@ class Loop:
         if self.progress.saved_step == step:
             return
         with self.log.paused(), self.heartbeat.phase("checkpoint"):
+            self.report_damage(self.damage)
             state = RunState(
                 step=step,
                 tokens=step * self.config.tokens_per_step,
                 data=parts.loader.state_dict(),
-                more={"metrics": self.log.state_dict(), "health": self.health.state_dict()},
+                more={
+                    "metrics": self.log.state_dict(),
+                    "health": self.health.state_dict(),
+                    "damage": self.damage.state_dict(),
+                },
             )
             self.policy.started(time.time())
             self.checkpointer.save(
@@ -342,6 +360,7 @@ class Loop:
         if saved.rank_extra is not None:
             restore_rng(saved.rank_extra)
         self.health.load_state_dict(state.more["health"])
+        self.damage.load_state_dict(state.more.get("damage", ()))  # older checkpoints have none
         self.progress = Progress(step=state.step, saved_step=state.step)
         return state
 

@@ -93,11 +93,17 @@ def split_tokens(batch: Batch, document_end: int | None = None) -> Inputs:
         document_end: as for :func:`trainer.model.documents.split_windows`.
     """
     inputs = split_windows(batch.tokens.long(), document_end)
-    if batch.num_rows == len(inputs.labels):
+    if not batch.masked_rows:
         return inputs
     labels = inputs.labels.clone()
-    labels[batch.num_rows :] = IGNORED_LABEL
+    mask_rows(labels, batch, IGNORED_LABEL)
     return inputs._replace(labels=labels)
+
+
+def mask_rows(values: Tensor, batch: Batch, mask: float) -> None:
+    """Overwrite the rows of ``values`` (R, ...) that do not count."""
+    for row in batch.masked_rows:  # one by one: an index tensor would have to be copied to the device
+        values[row] = mask
 
 
 class _TextLoss:
@@ -120,7 +126,7 @@ class _TextLoss:
     def _num_tokens(self, batch: Batch, inputs: Inputs) -> Tensor | float:
         """Tokens of a microbatch that have a label."""
         if inputs.documents is None:
-            return batch.num_rows * inputs.input_ids.shape[1]
+            return batch.num_counted * inputs.input_ids.shape[1]
         return (inputs.labels != IGNORED_LABEL).sum()
 
     def prepare(self, batch: Batch | None) -> None:
@@ -281,7 +287,7 @@ class CoCoMixLoss(_ConceptWeighted):
         else:
             assert batch.targets is not None, "without an extractor the loader reads stored targets"
             targets = unpack_ids(batch.targets[:, self.every - 1 :: self.every])
-        targets[batch.num_rows :] = MASKED_TARGET
+        mask_rows(targets, batch, MASKED_TARGET)
         return targets
 
     def prepare(self, batch: Batch | None) -> None:
@@ -328,7 +334,8 @@ class RegressionLoss(_ConceptWeighted):
     def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
         """See :class:`Objective`."""
         inputs = split_tokens(batch, self.document_end)
-        states = self.extractor(inputs.input_ids, inputs.documents)[: batch.num_rows]
+        states = self.extractor(inputs.input_ids, inputs.documents)
+        mask_rows(states, batch, math.nan)
         out = model(inputs.input_ids, inputs.labels, states, documents=inputs.documents)
         return LossTerms(*self._weighted(out, batch, inputs, step))
 
@@ -369,11 +376,11 @@ class SaeLoss:
     def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
         """See :class:`Objective`."""
         assert isinstance(model, SaeLearner)
-        inputs = split_windows(batch.tokens[: batch.num_rows].long(), self.document_end)
+        inputs = split_windows(batch.counted(batch.tokens).long(), self.document_end)
         with torch.no_grad():
             residual = self.teacher.residual_after(inputs.input_ids, self.layer, inputs.documents)
         terms = model(residual)
-        num_tokens = batch.num_rows * (batch.tokens.shape[1] - 1)
+        num_tokens = batch.num_counted * (batch.tokens.shape[1] - 1)
         sums = {
             "tokens": num_tokens,
             "squared_error": terms.normalized_mse,

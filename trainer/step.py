@@ -26,6 +26,7 @@ def train_step(
     upcoming: Batch | None = None,
     microbatch_size: int,
     tokens_per_step: int,
+    rows_may_be_skipped: bool = False,
     step: int,
     lr: float,
     metrics: StepMetrics,
@@ -39,7 +40,8 @@ def train_step(
         upcoming: the next step's batch on the device, whose first microbatch can be prepared already.
         microbatch_size: rows per forward and backward.
         tokens_per_step: tokens of the global batch; every loss is divided by it, or by how many of them
-            count for the objective, so that gradients are sums over microbatches and ranks.
+            count, so that gradients are sums over microbatches and ranks.
+        rows_may_be_skipped: whether rows of any rank's batch may be damaged.
         step: optimizer steps done before this one.
         lr: learning rate of this step.
         metrics: starts anew and receives the sums of all microbatches.
@@ -51,6 +53,8 @@ def train_step(
     """
     metrics.reset()
     counted = objective.count(batch)
+    if counted is None and rows_may_be_skipped:
+        counted = counted_tokens(batch)
     divisor = tokens_per_step if counted is None else sum_over_ranks(counted, mesh).clamp_min(1)
     microbatches = batch.microbatches(microbatch_size)
     behind = [] if upcoming is None else upcoming.microbatches(microbatch_size)
@@ -67,6 +71,12 @@ def train_step(
     grad_norm = engine.step(lr)
     objective.after_step(engine.model, mesh)
     return grad_norm
+
+
+def counted_tokens(batch: Batch) -> Tensor:
+    """Tokens of this rank's rows that count: () int64 on their device."""
+    num_tokens = batch.num_counted * (batch.tokens.shape[1] - 1)
+    return torch.full((), num_tokens, dtype=torch.int64, device=batch.tokens.device)
 
 
 @torch.no_grad()

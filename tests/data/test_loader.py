@@ -322,7 +322,7 @@ def test_open_manifest_errors(config: DataConfig, shard_folder: Path, tmp_path: 
     tokenizer.write_bytes(tokenizer.read_bytes() + b" ")
     check("made by another tokenizer", dir=str(folder))
     tokenizer.unlink()
-    check(r"tokenizer\.json: missing", dir=str(folder))
+    check(r"tokenizer\.json: file is missing", dir=str(folder))
     shutil.copy(shard_folder / "tokenizer.json", tokenizer)
     shard = folder / "train-000001.tar"
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -144,7 +144,7 @@ def collect(
         torch.zeros(num_concepts, dtype=torch.int64),
     )
     for batch in batches:
-        tokens = batch.tokens[: batch.num_rows].long()
+        tokens = batch.counted(batch.tokens).long()
         if not len(tokens):
             continue
         inputs = split_windows(tokens.to(device), end_id)

@@ -201,7 +201,7 @@ def measure(
     """
     report: ValidationReport | None = None
     for batch in batches:
-        tokens = batch.tokens[: batch.num_rows].to(device).long()
+        tokens = batch.counted(batch.tokens).to(device).long()
         if not len(tokens):
             continue
         inputs = split_windows(tokens, end_id)

@@ -31,6 +31,7 @@ _SOFT_KEYS = frozenset(
         "run.device",
         # How shards are fetched: their hash is in the loader's own state.
         "data.prefetch_steps",
+        "data.on_damage",
         "data.cache_dir",
         "data.cache_gb",
         "data.remote_timeout_s",

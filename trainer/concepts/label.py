@@ -81,7 +81,10 @@ def label(config: RunConfig, world: World, *, overwrite: bool = False) -> bool:
 def is_finished(folder: Path, settings: LabelSettings) -> bool:
     """Whether a folder holds all of these labels; it may be read-only then."""
     try:
-        read_labels(folder).check(settings)
+        labels = read_labels(folder)
+        labels.check(settings)
+        for name, size in labels.files():
+            labels.storage.check_size(name, size)
     except DataError:
         return False
     return True

@@ -57,7 +57,7 @@ def measure(config: RunConfig, path: Path, device: torch.device) -> dict[str, fl
     for batch in validation_batches(
         config.data, share=config.validation.share, rows=config.train.microbatch_size, rank=0, world_size=1
     ):
-        rows = batch.tokens[: batch.num_rows].to(device).long()
+        rows = batch.counted(batch.tokens).to(device).long()
         input_ids, labels, documents = split_windows(rows, end_id)
         sums = reconstruction_sums(sae, teacher.residual_after(input_ids, layer, documents))
         totals = sums if totals is None else totals.plus(sums)

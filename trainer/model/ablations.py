@@ -36,7 +36,7 @@ class PauseGPT2(MixingGPT2):
 class RegressionGPT2(MixingGPT2):
     """A GPT-2 that predicts the teacher's standardised residual, in place of its concepts, and mixes it in.
 
-    Targets are (R, C, D_t) fp32 states of the first R rows, C being T without ``concepts.every``.
+    Targets are (B, C, D_t) fp32 states, NaN in rows that have none, C being T without ``concepts.every``.
     """
 
     def __init__(self, config: ModelConfig, insertion: RegressionInsertion) -> None:
@@ -52,7 +52,7 @@ class RegressionGPT2(MixingGPT2):
         if targets is None:
             return q, Learned()
         part = self.tp.split(targets.shape[1])
-        loss = state_distance(predicted[: len(targets)], targets[:, part], self.distance)
+        loss = state_distance(predicted, targets[:, part], self.distance)
         return q, Learned(self.tp.sum_parts(loss))
 
 
@@ -85,12 +85,16 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def state_distance(predicted: Tensor, state: Tensor, distance: Distance) -> Tensor:
-    """Summed distance of predictions to states, both (..., D_t): () fp32.
+    """Summed distance of predictions to states, both (..., D_t), over the states that are not NaN: () fp32.
 
     Per token the mean over D_t of the absolute (``l1``) or squared (``l2``) difference, or 1 - cosine.
     """
     predicted = predicted.float()
+    known = ~state.isnan().any(-1)
+    state = state.nan_to_num()  # a mask on the distance alone would send NaN backwards
     if distance == "cosine":
-        return (1 - F.cosine_similarity(predicted, state, dim=-1)).sum()
-    difference = predicted - state
-    return (difference.abs() if distance == "l1" else difference.square()).mean(-1).sum()
+        per_token = 1 - F.cosine_similarity(predicted, state, dim=-1)
+    else:
+        difference = predicted - state
+        per_token = (difference.abs() if distance == "l1" else difference.square()).mean(-1)
+    return torch.where(known, per_token, 0.0).sum()
