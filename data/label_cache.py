@@ -8,7 +8,6 @@ tokens' CRC-32, because ids are several times the tokens' bytes and CRC-32 would
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +19,7 @@ import xxhash
 
 from data.files import replace_text
 from data.manifest import DamagedData, DataError
+from data.seal import seal, unseal
 from data.storage import LocalStorage, Storage, read_decoded
 
 VERSION = 1
@@ -30,6 +30,7 @@ BYTES_PER_ID = 2
 MASKED_ID = 0xFFFF
 FILES_PER_FOLDER = 1000
 
+_KEYS = frozenset(("version", "settings", "splits"))
 _FILE = re.compile(r"(\d{9})\.([0-9a-f]{16})\.u16\Z")
 _SHOWN_DIGITS = 12
 
@@ -178,6 +179,7 @@ class LabelCache:
                 f"{self.place}: these labels do not fit, {different}; "
                 "python -m trainer.concepts.label makes others, concepts.labels says where"
             )
+
     def files(self) -> Iterator[tuple[str, int]]:
         """Name and bytes of each file."""
         for split, chunks in self.splits.items():
@@ -211,7 +213,7 @@ def parse_labels(raw: bytes, place: str) -> tuple[LabelSettings, Splits]:
         DataError: they break the schema.
     """
     try:
-        body = json.loads(raw)
+        body = unseal(raw, _KEYS)
         if body["version"] != VERSION:
             raise ValueError(f"version={body['version']!r}, this program reads version {VERSION}")
         splits = {
@@ -227,7 +229,7 @@ def write_labels(folder: Path, settings: LabelSettings, splits: Splits) -> None:
     """Write ``labels.json`` atomically; call it when every file that it names is on disk."""
     rows = {name: [[chunk.windows, chunk.digest] for chunk in chunks] for name, chunks in splits.items()}
     body = {"version": VERSION, "settings": asdict(settings), "splits": rows}
-    replace_text(folder / LABELS_NAME, json.dumps(body, sort_keys=True) + "\n")
+    replace_text(folder / LABELS_NAME, seal(body))
 
 
 def settings_from_json(body: Mapping[str, Any]) -> LabelSettings:

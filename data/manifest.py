@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.files import replace_text
+from data.seal import seal, unseal
 
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 BYTES_PER_TOKEN = {"uint16": 2, "uint32": 4}
 TAR_BLOCK = 512
+
+_KEYS = frozenset(("version", "dtype", "chunk_tokens", "tokenizer", "recipe", "splits"))
 
 
 class DataError(RuntimeError):
@@ -126,7 +128,7 @@ def parse_manifest(raw: bytes, place: str) -> Manifest:
         DataError: they break the schema.
     """
     try:
-        return _parse(json.loads(raw), hashlib.sha256(raw).hexdigest())
+        return _parse(unseal(raw, _KEYS), hashlib.sha256(raw).hexdigest())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{place}: not a valid manifest: {type(error).__name__}: {error}") from error
 
@@ -145,7 +147,7 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
         "recipe": manifest.recipe,
         "splits": {name: _split_to_json(split) for name, split in manifest.splits.items()},
     }
-    replace_text(Path(folder) / MANIFEST_NAME, json.dumps(body, sort_keys=True) + "\n")
+    replace_text(Path(folder) / MANIFEST_NAME, seal(body))
 
 
 def shard_to_json(shard: Shard) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class CachedStorage:
         self._inner.check_size(name, size)
 
     def forget(self, name: str, offset: int, size: int) -> None:
-        """Delete a range that was damaged before it came here: its own digest would find it whole for ever."""
+        """Delete a range that was damaged before it came here, of which its own digest knows nothing."""
         (self._folder / self._name(name, offset, size)).unlink(missing_ok=True)
         self._inner.forget(name, offset, size)
 

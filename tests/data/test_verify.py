@@ -50,6 +50,7 @@ def flip(position: int) -> Callable[[Path], object]:
 def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     def damage(folder: Path) -> None:
         body = json.loads((folder / "manifest.json").read_bytes())
+        del body["checksum"]
         change(body)
         (folder / "manifest.json").write_text(json.dumps(body))
 

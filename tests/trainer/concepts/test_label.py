@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import multiprocessing
 import random
@@ -242,7 +243,9 @@ def another_sae(world: Path, folder: Path) -> dict[str, Any]:
 def other_data(world: Path, folder: Path) -> dict[str, Any]:
     shutil.copytree(world / "data", folder / "data")
     manifest = folder / "data" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"documents": 4,', '"documents": 5,'))
+    body = json.loads(manifest.read_text())
+    del body["checksum"]
+    manifest.write_text(json.dumps(body | {"recipe": {}}))
     return {"data__dir": str(folder / "data")}
 
 
