@@ -122,6 +122,7 @@ def memmap_windows(
     steps: Iterable[Step],
     keep_steps: int,
     labels: LabelCache | None = None,
+    on_damage: str = "raise",
 ) -> Iterator[Windows]:
     """What :func:`data.stream.read_windows` yields, by slices of memory maps."""
     shards = {

@@ -148,7 +148,7 @@ class TokenLoader:
                 yield order.rows_of_rank(row, rows, rank, world_size)
                 row += rows
 
-        keep_steps = 1 + -(-order.lanes // rows)  # after so many steps every lane had its turn
+        keep_steps = order.keep_steps(rows, world_size)
         windows = read_windows(
             *self._source,
             "train",

@@ -11,11 +11,13 @@ Nothing here depends on the number of ranks, on the rows per step, or on where a
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 MAX_CACHED_EPOCHS = 4
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def permutation(size: int, *key: int | str) -> np.ndarray:
@@ -49,6 +51,11 @@ class WindowOrder:
         if self.num_windows < 1:
             raise ValueError("the split has 0 windows")
         self.lanes = min(lanes, self.num_windows)
+        self._lane_stride = next(
+            stride
+            for stride in range(round(GOLDEN * self.lanes), 2 * self.lanes)
+            if math.gcd(stride, self.lanes) == 1
+        )
         self._seed = seed
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._inside: dict[tuple[int, int], np.ndarray] = {}
@@ -72,21 +79,47 @@ class WindowOrder:
             chunk[here], window[here] = self._locate_in_epoch(int(number), place[here])
         return epoch, lane, chunk, window
 
-    def rows_of_rank(self, first_row: int, num_rows: int, rank: int, world_size: int) -> np.ndarray:
-        """Return the windows of one rank in the step of rows ``first_row .. first_row + num_rows - 1``.
+    def rows_of_step(self, first_row: int, num_rows: int) -> np.ndarray:
+        """Return the windows of the step of rows ``first_row .. first_row + num_rows - 1``.
 
-        The step's rows are sorted by lane and cut into ``world_size`` equal pieces, so that each rank reads
-        few chunks.
+        Rows of a lane stand together, so that ranks which cut the list into equal pieces read few chunks
+        each. Where the lanes do not divide the rows, some lanes that follow each other have a row more,
+        others in each step. So neighbours stand far apart in the list, as multiples of the golden ratio do:
+        the place of every lane in it stays almost the same, and so do the lanes that a rank reads.
+
+        Returns:
+            (num_rows, 3) int64: row, chunk, window.
+        """
+        rows = first_row + np.arange(num_rows, dtype=np.int64)
+        epoch, lane, chunk, window = self.locate(rows)
+        by_lane = np.lexsort((rows, lane * self._lane_stride % self.lanes, epoch))
+        return np.stack([rows, chunk, window], axis=1)[by_lane]
+
+    def keep_steps(self, num_rows: int, world_size: int) -> int:
+        """Return after how many steps a rank uses a chunk again, if it does.
+
+        Which lanes a rank reads repeats when as many rows have passed as lanes and step divide; but a chunk
+        that lasts for fewer steps is finished then.
+
+        Args:
+            num_rows: rows of a step, over all ranks.
+            world_size: ranks.
+        """
+        every_lane = -(-self.lanes // num_rows)
+        if world_size == 1:
+            return 1 + every_lane
+        repeats = self.lanes // math.gcd(self.lanes, num_rows)
+        lasts = -(-int(self.windows_per_chunk.max()) * self.lanes // num_rows)
+        return 1 + max(every_lane, min(repeats, lasts))
+
+    def rows_of_rank(self, first_row: int, num_rows: int, rank: int, world_size: int) -> np.ndarray:
+        """Return the piece of :meth:`rows_of_step` that one of ``world_size`` ranks reads.
 
         Returns:
             (num_rows // world_size, 3) int64: row, chunk, window.
         """
-        rows = first_row + np.arange(num_rows, dtype=np.int64)
-        epoch, lane, chunk, window = self.locate(rows)
-        by_lane = np.lexsort((rows, lane, epoch))
         per_rank = num_rows // world_size
-        mine = by_lane[rank * per_rank : (rank + 1) * per_rank]
-        return np.stack([rows[mine], chunk[mine], window[mine]], axis=1)
+        return self.rows_of_step(first_row, num_rows)[rank * per_rank : (rank + 1) * per_rank]
 
     def _locate_in_epoch(self, epoch: int, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         chunks, ends = self._epoch(epoch)

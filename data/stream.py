@@ -103,7 +103,7 @@ def read_windows(
     # Threads start when they are needed: a local folder needs none.
     with ThreadPoolExecutor(storage.connections, "shards") as threads:
         read_all = map if storage.connections == 1 else threads.map
-        for step, missing, unused in _plan(steps, keep_steps):
+        for step, missing, unused in plan_reads(steps, keep_steps):
             for opened in both:
                 opened.open(missing, read_all)
             errors = {number: error for opened in both for number, error in opened.damaged.items()}
@@ -240,7 +240,7 @@ def expand_member(place: str, data: memoryview) -> Iterator[dict[str, Any]]:
         yield {"fname": header.name, "data": payload, "__url__": place}
 
 
-def _plan(steps: Iterable[Step], keep_steps: int) -> Iterator[tuple[Step, list[int], list[int]]]:
+def plan_reads(steps: Iterable[Step], keep_steps: int) -> Iterator[tuple[Step, list[int], list[int]]]:
     """Yield each step with the chunks to read before it and those to forget after it."""
     last_used: dict[int, int] = {}
     for now, step in enumerate(steps):
