@@ -1,4 +1,4 @@
-"""``python -m benchmarks.bench_data [--suites prepare] [--record]``: measurements of data/ in one table."""
+"""``python -m benchmarks.bench_data [--suites prepare stream] [--record]``: what data cost, in one table."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from benchmarks import bench_prepare
+from benchmarks import bench_prepare, bench_stream
 from benchmarks.data_suite import Suite, add_arguments, run_suites
 from benchmarks.record import command_line
 from data.cli import run_cli
 
 SUITES: dict[str, Callable[[], Suite]] = {
     "prepare": bench_prepare.suite,
+    "stream": bench_stream.suite,
 }
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -159,12 +159,41 @@ def _label_maps(labels: LabelCache, split: str) -> list[np.ndarray]:
 
 
 @contextmanager
-def _reading_with(read: Any) -> Iterator[None]:
+def reading_with(read: Any) -> Iterator[None]:
+    """Put another function in place of :func:`data.stream.read_windows`, inside the loader."""
     data.loader.read_windows = read
     try:
         yield
     finally:
         data.loader.read_windows = read_windows
+
+
+class PassTime(NamedTuple):
+    """What one pass took."""
+
+    cpu_s: float
+    """Of all threads of this process."""
+    wall_s: float
+
+
+def time_pass(
+    config: DataConfig, read: Any, *, rows: int, steps: int, labels: LabelCache | None = None
+) -> PassTime:
+    """Time ``steps`` steps of a new loader, behind as many that are not timed."""
+    with reading_with(read):
+        loader = TokenLoader(config, rows_per_step=rows, rank=0, world_size=1, labels=labels)
+        try:
+            _take(loader, steps)
+            cpu, wall = time.process_time(), time.perf_counter()
+            _take(loader, steps)
+            return PassTime(time.process_time() - cpu, time.perf_counter() - wall)
+        finally:
+            loader.close()
+
+
+def _take(loader: TokenLoader, steps: int) -> None:
+    for _ in range(steps):
+        next(loader)
 
 
 class Bench:
@@ -177,31 +206,14 @@ class Bench:
 
     def measure(self, repeats: int, labels: LabelCache | None = None) -> LoaderTimes:
         """Passes in turns; each warms up for a chunk per lane and is measured for another."""
+        steps = self.lanes * (CHUNK_TOKENS // SEQ_LEN) // self.rows
         found: dict[str, list[float]] = {way: [] for way in self.ways}
         for _ in range(repeats):
             for way, read in self.ways.items():
-                with _reading_with(read):
-                    found[way].append(self._pass(labels))
-        tokens = self._steps * self.rows * SEQ_LEN
+                time = time_pass(self.config, read, rows=self.rows, steps=steps, labels=labels)
+                found[way].append(time.cpu_s)
+        tokens = steps * self.rows * SEQ_LEN
         return LoaderTimes(tuple(found["stream"]), tuple(found["memmap"]), tokens)
-
-    @property
-    def _steps(self) -> int:
-        return self.lanes * (CHUNK_TOKENS // SEQ_LEN) // self.rows
-
-    def _pass(self, labels: LabelCache | None) -> float:
-        loader = TokenLoader(self.config, rows_per_step=self.rows, rank=0, world_size=1, labels=labels)
-        try:
-            self._take(loader)
-            start = time.process_time()
-            self._take(loader)
-            return time.process_time() - start
-        finally:
-            loader.close()
-
-    def _take(self, loader: TokenLoader) -> None:
-        for _ in range(self._steps):
-            next(loader)
 
 
 def measure_loader(

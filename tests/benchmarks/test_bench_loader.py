@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import bench_loader
-from benchmarks.bench_loader import Bench, _reading_with, main, write_random_labels, write_shards
+from benchmarks.bench_loader import Bench, main, reading_with, write_random_labels, write_shards
 from data.batch import Batch
 from data.loader import TokenLoader
 
@@ -26,7 +26,7 @@ def test_both_ways_give_the_same_batches(tmp_path: Path) -> None:
     for cache in (None, labels):
         found: list[list[Batch]] = []
         for read in bench.ways.values():
-            with _reading_with(read):
+            with reading_with(read):
                 loader = TokenLoader(bench.config, rows_per_step=16, rank=0, world_size=1, labels=cache)
                 found.append([next(loader) for _ in range(30)])
                 loader.close()
