@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from data.order import WindowOrder, permutation
+from data.stream import plan_reads
 
 COUNTS = [5, 3, 0, 4, 5, 1]
 
@@ -88,3 +89,23 @@ def test_seed_changes_the_order_and_no_window_is_an_error() -> None:
     assert not np.array_equal(first, second)
     with pytest.raises(ValueError, match="0 windows"):
         WindowOrder([0, 0], seed=0, lanes=1)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "rows", "lanes"), [(40, 200, 64), (100, 100, 64), (24, 72, 64), (7, 35, 16)]
+)
+def test_a_rank_keeps_its_lanes_where_they_do_not_divide_the_rows(
+    world_size: int, rows: int, lanes: int
+) -> None:
+    """Catches ranks that go back and forth between lanes and read each chunk again and again."""
+    order = WindowOrder([64] * 20 * lanes, seed=0, lanes=lanes)
+    assert rows % order.lanes
+    steps = order.num_windows // rows
+    table = [order.rows_of_step(step * rows, rows) for step in range(steps)]
+    share = rows // world_size
+    reads = 0
+    for rank in range(world_size):
+        mine = (step[rank * share : (rank + 1) * share] for step in table)
+        reads += sum(len(missing) for _, missing, _ in plan_reads(mine, order.keep_steps(rows, world_size)))
+    # Each chunk by the ranks that share its lane, and by those at the lane's borders.
+    assert reads <= 1.5 * 20 * (lanes + world_size)
