@@ -231,5 +231,5 @@ def _metrics(config: RunConfig, layout: Layout) -> Iterator[Transfer]:
     if concepts is not None:
         size += 2 * (concepts.num_concepts + 1)
     yield Transfer("metrics", "dp", "all-reduce", size, exposed=True)
-    if config.data.mask_documents:
+    if config.data.mask_documents or config.data.on_damage == "skip":
         yield Transfer("tokens that have a label", "dp", "all-reduce", INT64, exposed=True)

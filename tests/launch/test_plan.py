@@ -150,6 +150,7 @@ VARIANTS = {
         ),
     ),
     "documents, next token": ("1b_ntp", 8, (*SHALLOW, "--train.batch_size=64", "--data.mask_documents=true")),
+    "rows that may be skipped": ("69m_ntp", 8, ("--data.on_damage=skip", "--train.batch_size=64")),
     "untied head": ("69m_ntp", 8, ("--model.tied_head=false", "--train.batch_size=64")),
 }
 

@@ -55,6 +55,10 @@ def next_token(world: Path) -> tuple[nn.Module, Objective]:
     return student(tiny_config(world, world, "ntp")), NextToken()
 
 
+def single_documents(world: Path) -> tuple[nn.Module, Objective]:
+    return student(tiny_config(world, world, "ntp")), NextToken(document_end=7)
+
+
 def cocomix(world: Path) -> tuple[nn.Module, Objective]:
     config = tiny_config(world, world)
     assert config.concepts is not None
@@ -100,8 +104,16 @@ def gradients(make: Callable[[Path], tuple[nn.Module, Objective]], world: Path, 
 
 @pytest.mark.parametrize(
     "make",
-    [next_token, cocomix, distillation, regression("cosine"), regression("l1"), autoencoder],
-    ids=["ntp", "cocomix", "kd", "cosine", "l1", "sae"],
+    [
+        next_token,
+        single_documents,
+        cocomix,
+        distillation,
+        regression("cosine"),
+        regression("l1"),
+        autoencoder,
+    ],
+    ids=["ntp", "documents", "cocomix", "kd", "cosine", "l1", "sae"],
 )
 def test_damaged_rows_count_nothing_wherever_they_are(
     make: Callable[[Path], tuple[nn.Module, Objective]], tiny_world: Path
