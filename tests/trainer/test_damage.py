@@ -66,6 +66,11 @@ def cocomix(world: Path) -> tuple[nn.Module, Objective]:
     return student(config), CoCoMixLoss(extractor, config.objective, total_steps=5)
 
 
+def stored_targets(world: Path) -> tuple[nn.Module, Objective]:
+    config = tiny_config(world, world)
+    return student(config), CoCoMixLoss(None, config.objective, total_steps=5)
+
+
 def distillation(world: Path) -> tuple[nn.Module, Objective]:
     kd = KdConfig(teacher=str(world / "teacher"))
     return student(tiny_config(world, world, "ntp")), DistillationLoss(
@@ -108,27 +113,30 @@ def gradients(make: Callable[[Path], tuple[nn.Module, Objective]], world: Path, 
         next_token,
         single_documents,
         cocomix,
+        stored_targets,
         distillation,
         regression("cosine"),
         regression("l1"),
         autoencoder,
     ],
-    ids=["ntp", "documents", "cocomix", "kd", "cosine", "l1", "sae"],
+    ids=["ntp", "documents", "cocomix", "cache", "kd", "cosine", "l1", "sae"],
 )
 def test_damaged_rows_count_nothing_wherever_they_are(
     make: Callable[[Path], tuple[nn.Module, Objective]], tiny_world: Path
 ) -> None:
     """Catches labels, targets, states or residuals of a damaged row that are trained on, or NaN from none."""
-    rows = torch.randint(0, 290, (3, 17), generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randint(0, 290, (3, 17), generator=generator)
+    targets = torch.randint(0, 37, (3, 16, 3), generator=generator).to(torch.uint16)
     damage = Damage("train", 0, "damaged")
-    holed = rows.clone()
-    holed[1] = 0
-    last = torch.stack([rows[0], rows[2], rows[0]])
-    found = gradients(make, tiny_world, Batch(holed, 3, damaged=(DamagedRow(1, damage),)))
-    for value, expected in zip(found, gradients(make, tiny_world, Batch(last, 2)), strict=True):
+    holed = torch.stack([rows[0], torch.zeros_like(rows[1]), rows[2]])
+    blank = torch.stack([targets[0], torch.zeros_like(targets[1]), targets[2]])
+    found = gradients(make, tiny_world, Batch(holed, 3, blank, (DamagedRow(1, damage),)))
+    last = Batch(rows[[0, 2, 0]], 2, torch.stack([targets[0], targets[2], targets[0]]))
+    for value, expected in zip(found, gradients(make, tiny_world, last), strict=True):
         torch.testing.assert_close(value, expected)
     everything = tuple(DamagedRow(row, damage) for row in range(3))
-    loss, *others = gradients(make, tiny_world, Batch(torch.zeros_like(rows), 3, damaged=everything))
+    loss, *others = gradients(make, tiny_world, Batch(rows * 0, 3, torch.zeros_like(targets), everything))
     assert loss == 0
     assert all(value.isfinite().all() for value in others)
 
