@@ -40,7 +40,8 @@ def poisoned(calls: set[int], value: float, rank: int = 0) -> type[NextToken]:
     """Next-token prediction whose n-th training microbatch on one rank has its loss multiplied."""
 
     class Poisoned(NextToken):
-        def __init__(self) -> None:
+        def __init__(self, document_end: int | None = None) -> None:
+            super().__init__(document_end)
             self.calls = 0
 
         def __call__(self, model: nn.Module, batch: Batch, *, step: int, detail: bool) -> LossTerms:
