@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 import numpy as np
 import xxhash
@@ -105,6 +105,27 @@ class ChunkLabels:
 Splits = Mapping[str, Sequence[ChunkLabels]]
 
 
+class Labels(Protocol):
+    """Stored targets by chunk, as the stream reads them."""
+
+    @property
+    def window_shape(self) -> tuple[int, int]:
+        """(T, A)."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """See :class:`LabelCache`."""
+        ...
+
+    def largest_chunk_bytes(self, split: str) -> int:
+        """See :class:`LabelCache`."""
+        ...
+
+    def read_chunk(self, split: str, number: int, buffer: memoryview | None = None) -> np.ndarray:
+        """See :class:`LabelCache`."""
+        ...
+
+
 class LabelCache:
     """Finished labels, open for reading.
 
@@ -118,6 +139,11 @@ class LabelCache:
         self.storage = storage
         self.settings = settings
         self.splits = splits
+
+    @property
+    def window_shape(self) -> tuple[int, int]:
+        """See :class:`LabelSettings`."""
+        return self.settings.window_shape
 
     @property
     def place(self) -> str:

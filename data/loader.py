@@ -6,7 +6,7 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,12 @@ import torch
 
 from data.batch import Batch
 from data.config import DataConfig
-from data.label_cache import LabelCache
+from data.joint import join_sources
+from data.label_cache import Labels
+from data.limits import SourceUse, source_use
 from data.manifest import DataError
-from data.order import WindowOrder
+from data.mixture import open_order, open_schedule
+from data.order import after_skips
 from data.source import open_source, windows_per_chunk
 from data.stream import Windows, read_windows
 
@@ -35,7 +38,7 @@ class TokenLoader:
         rank: int,
         world_size: int,
         pin_memory: bool = False,
-        labels: LabelCache | None = None,
+        labels: Labels | None = None,
     ):
         """Open the ``train`` split.
 
@@ -44,28 +47,29 @@ class TokenLoader:
             rows_per_step: sequences per optimizer step, over all ranks.
             rank, world_size: the data-parallel ones.
             pin_memory: return page-locked memory, for asynchronous copies to a CUDA device.
-            labels: stored targets of these shards, which then are part of the batches.
+            labels: stored targets of these shards, which then are part of the batches; of several sources
+                see :func:`data.joint.join_labels`.
 
         Raises:
-            ValueError: the ranks do not divide the rows.
-            DataError: see :func:`data.source.open_source`.
+            ValueError: the ranks do not divide the rows, or a source has no rows.
+            DataError: see :func:`data.source.open_source` and :func:`data.joint.join_sources`.
         """
         _check_ranks(rank, world_size)
         if rows_per_step < 1 or rows_per_step % world_size:
             raise ValueError(
                 f"train.batch_size={rows_per_step} is not divisible by the {world_size} data-parallel ranks"
             )
-        self._config, self._source = config, open_source(config)
+        sources = {name: open_source(part) for name, part in config.by_source.items()}
+        self._config, self._source = config, join_sources(config.place, sources)
         self._rows_per_step, self._rank, self._world_size = rows_per_step, rank, world_size
         self._labels = labels
-        self._order = WindowOrder(
-            windows_per_chunk(self._source.manifest, "train", config.seq_len),
-            seed=config.seed,
-            lanes=config.lanes,
-        )
+        self._manifests = {name: source.manifest for name, source in sources.items()}
+        self._schedule = open_schedule(config)
+        self._order = open_order(config, list(self._manifests.values()), self._schedule)
         # The current device belongs to a thread: pinning elsewhere would open a context on device 0.
         self._pin_device = torch.cuda.current_device() if pin_memory else None
         self._next_row = 0
+        self._rows_by_source = np.zeros(len(sources), dtype=np.int64)
         self._batches: _Prefetcher | None = None
 
     def __iter__(self) -> TokenLoader:
@@ -82,7 +86,9 @@ class TokenLoader:
             DataError: a damaged shard, or one that cannot be had.
         """
         batch = next(self._read_ahead())
-        self._next_row = after_skips(self._next_row, self._config.skip) + self._rows_per_step
+        first = after_skips(self._next_row, self._config.skip)
+        self._next_row = first + self._rows_per_step
+        self._rows_by_source += self._schedule.rows_in([(first, self._next_row)])
         return batch
 
     def peek(self) -> Batch | None:
@@ -93,11 +99,15 @@ class TokenLoader:
         return self._read_ahead().peek()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the next row and what fixes the order; JSON-able, of constant size.
+        """Return the next row and what fixes the order; JSON-able, of a size that is constant per source.
 
         It counts the batches that were returned, not those read ahead.
         """
-        return {**self._identity(), "next_row": self._next_row}
+        return {
+            **self._identity(),
+            "next_row": self._next_row,
+            "rows_by_source": self._rows_by_source.tolist(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken, with any number of ranks and rows per step.
@@ -112,6 +122,20 @@ class TokenLoader:
                 )
         self.close()
         self._next_row = int(state["next_row"])
+        # Checkpoints of a single source did not count its rows at first.
+        counts = state.get("rows_by_source", [self._next_row])
+        self._rows_by_source = np.asarray(counts, dtype=np.int64)
+
+    @property
+    def use(self) -> list[SourceUse]:
+        """What of each source was trained on: the batches that were returned, without rows left out."""
+        return source_use(self._config, list(self._manifests.values()), self._rows_by_source.tolist())
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each source in the training rows, by name."""
+        shares = self._schedule.rows_per_period / self._schedule.period
+        return dict(zip(self._manifests, shares.tolist(), strict=True))
 
     def close(self) -> None:
         """Stop reading ahead. The next batch starts it again."""
@@ -130,10 +154,22 @@ class TokenLoader:
     def _identity(self) -> dict[str, Any]:
         return {
             "version": STATE_VERSION,
-            "manifest_sha256": self._source.manifest.sha256,
             "seed": self._config.seed,
             "lanes": self._config.lanes,
             "seq_len": self._config.seq_len,
+            **self._sources_identity(),
+        }
+
+    def _sources_identity(self) -> dict[str, Any]:
+        if len(self._manifests) == 1:
+            return {"manifest_sha256": self._source.manifest.sha256}
+        rows = self._schedule.rows_per_period.tolist()
+        return {
+            "sources": list(self._manifests),
+            **{f"manifest_sha256 of {name}": manifest.sha256 for name, manifest in self._manifests.items()},
+            **{
+                f"rows_per_period of {name}": count for name, count in zip(self._manifests, rows, strict=True)
+            },
         }
 
     def _read(self, first_row: int) -> Iterator[Batch]:
@@ -168,13 +204,14 @@ def validation_batches(
     rows: int,
     rank: int,
     world_size: int,
-    labels: LabelCache | None = None,
+    labels: Labels | None = None,
 ) -> Iterator[Batch]:
-    """Return the first ``share`` of the validation windows, in the order of the corpus.
+    """Return the first ``share`` of the validation windows of one source, in the order of the corpus.
 
     Every rank gets the same number of batches, and all ranks together get each window once.
 
     Args:
+        config: the data section of this source alone, see ``DataConfig.by_source``.
         share: part of the windows, in (0, 1]; at least one window.
         rows: sequences per batch of one rank.
         rank, world_size: the data-parallel ones.
@@ -202,14 +239,6 @@ def validation_batches(
     )
     real = (min(max(len(windows) - start, 0), rows) for start in starts)
     return map(_to_batch, found, real)
-
-
-def after_skips(row: int, skip: Sequence[tuple[int, int]]) -> int:
-    """Return ``row``, or the end of the skipped range that begins at it or holds it."""
-    for first, last in skip:
-        if first <= row < last:
-            row = last
-    return row
 
 
 class _Prefetcher:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ class Manifest:
     """The arguments and the corpus that the shards were made from (for people and for re-runs)."""
     sha256: str = field(default="", compare=False)
     """SHA-256 of manifest.json itself; empty for a manifest that was not read from a file."""
+    joined: Mapping[str, Manifest] = field(default_factory=dict)
+    """Manifests that this one was joined from, by the folder of each; empty for one that was read."""
 
 
 def read_manifest(folder: str | Path) -> Manifest:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,8 +33,46 @@ def permutation(size: int, *key: int | str) -> np.ndarray:
     return np.argsort(np.random.Philox(key=words).random_raw(size), kind="stable")
 
 
-class WindowOrder:
-    """Which window each global row is."""
+def after_skips(row: int, skip: Sequence[tuple[int, int]]) -> int:
+    """Return ``row``, or the end of the skipped range that begins at it or holds it."""
+    for first, last in skip:
+        if first <= row < last:
+            row = last
+    return row
+
+
+class RowOrder(ABC):
+    """Which windows the rows of each step are, and how ranks share them."""
+
+    @abstractmethod
+    def rows_of_step(self, first_row: int, num_rows: int) -> np.ndarray:
+        """Return the windows of the step of rows ``first_row .. first_row + num_rows - 1``.
+
+        Returns:
+            (num_rows, 3) int64: row, chunk, window; rows of a chunk stand together.
+        """
+
+    @abstractmethod
+    def keep_steps(self, num_rows: int, world_size: int) -> int:
+        """Return after how many steps a rank uses a chunk again, if it does.
+
+        Args:
+            num_rows: rows of a step, over all ranks.
+            world_size: ranks.
+        """
+
+    def rows_of_rank(self, first_row: int, num_rows: int, rank: int, world_size: int) -> np.ndarray:
+        """Return the piece of :meth:`rows_of_step` that one of ``world_size`` ranks reads.
+
+        Returns:
+            (num_rows // world_size, 3) int64: row, chunk, window.
+        """
+        per_rank = num_rows // world_size
+        return self.rows_of_step(first_row, num_rows)[rank * per_rank : (rank + 1) * per_rank]
+
+
+class WindowOrder(RowOrder):
+    """Which window each row is, of a run that has one source, or of the rows of one source of several."""
 
     def __init__(self, windows_per_chunk: Sequence[int], *, seed: int, lanes: int):
         """Describe the order of one split.
@@ -80,30 +119,26 @@ class WindowOrder:
         return epoch, lane, chunk, window
 
     def rows_of_step(self, first_row: int, num_rows: int) -> np.ndarray:
-        """Return the windows of the step of rows ``first_row .. first_row + num_rows - 1``.
-
-        Rows of a lane stand together, so that ranks which cut the list into equal pieces read few chunks
-        each. Where the lanes do not divide the rows, some lanes that follow each other have a row more,
-        others in each step. So neighbours stand far apart in the list, as multiples of the golden ratio do:
-        the place of every lane in it stays almost the same, and so do the lanes that a rank reads.
-
-        Returns:
-            (num_rows, 3) int64: row, chunk, window.
-        """
+        """See :class:`RowOrder`. Rows of a lane stand together."""
         rows = first_row + np.arange(num_rows, dtype=np.int64)
         epoch, lane, chunk, window = self.locate(rows)
-        by_lane = np.lexsort((rows, lane * self._lane_stride % self.lanes, epoch))
+        by_lane = np.lexsort((rows, self.places(lane), epoch))
         return np.stack([rows, chunk, window], axis=1)[by_lane]
 
+    def places(self, lane: np.ndarray) -> np.ndarray:
+        """Return where lanes stand in the list that the ranks cut into equal pieces.
+
+        Where the lanes do not divide the rows, some lanes that follow each other have a row more, others in
+        each step. So neighbours stand far apart, as multiples of the golden ratio do: the place of every lane
+        in the list stays almost the same, and so do the lanes that a rank reads.
+        """
+        return lane * self._lane_stride % self.lanes
+
     def keep_steps(self, num_rows: int, world_size: int) -> int:
-        """Return after how many steps a rank uses a chunk again, if it does.
+        """See :class:`RowOrder`.
 
         Which lanes a rank reads repeats when as many rows have passed as lanes and step divide; but a chunk
         that lasts for fewer steps is finished then.
-
-        Args:
-            num_rows: rows of a step, over all ranks.
-            world_size: ranks.
         """
         every_lane = -(-self.lanes // num_rows)
         if world_size == 1:
@@ -111,15 +146,6 @@ class WindowOrder:
         repeats = self.lanes // math.gcd(self.lanes, num_rows)
         lasts = -(-int(self.windows_per_chunk.max()) * self.lanes // num_rows)
         return 1 + max(every_lane, min(repeats, lasts))
-
-    def rows_of_rank(self, first_row: int, num_rows: int, rank: int, world_size: int) -> np.ndarray:
-        """Return the piece of :meth:`rows_of_step` that one of ``world_size`` ranks reads.
-
-        Returns:
-            (num_rows // world_size, 3) int64: row, chunk, window.
-        """
-        per_rank = num_rows // world_size
-        return self.rows_of_step(first_row, num_rows)[rank * per_rank : (rank + 1) * per_rank]
 
     def _locate_in_epoch(self, epoch: int, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         chunks, ends = self._epoch(epoch)

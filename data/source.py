@@ -38,6 +38,9 @@ class Source(NamedTuple):
 def open_source(config: DataConfig) -> Source:
     """Read the manifest and check whatever is cheap, so that a run fails at its start.
 
+    Args:
+        config: the data section of one source.
+
     Raises:
         DataError: a shard that is missing or of another size, another tokenizer, ``seq_len`` that does not
             divide the chunks, a split without a single window, or a URL that does not answer.
@@ -56,17 +59,17 @@ def open_source(config: DataConfig) -> Source:
 
 
 def open_manifest(config: DataConfig) -> Manifest:
-    """The manifest alone, without a look at the shards; DataError as :func:`open_source`."""
+    """The manifest of one source alone, without a look at the shards; DataError as :func:`open_source`."""
     return _open(config).manifest
 
 
 def open_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer that made the tokens.
+    """The tokenizer that made the tokens, those of all sources.
 
     Raises:
         DataError: it is missing or not a tokenizer.
     """
-    storage, _ = _open(config)
+    storage, _ = _open(next(iter(config.by_source.values())))
     return Tokenizer(storage.read(TOKENIZER_NAME), f"{storage.place}/{TOKENIZER_NAME}")
 
 
@@ -102,6 +105,7 @@ def open_label_cache(config: DataConfig, place: str, wanted: LabelSettings) -> L
 
 
 def _open(config: DataConfig) -> Source:
+    assert not config.sources, "sources are opened one by one"
     storage = _storage(config, config.dir)
     if config.is_remote:
         manifest = parse_manifest(storage.read(MANIFEST_NAME), f"{storage.place}/{MANIFEST_NAME}")

@@ -22,7 +22,7 @@ import numpy as np
 from webdataset.tariterators import group_by_keys
 
 from data.batch import Damage, DamagedRow
-from data.label_cache import LabelCache
+from data.label_cache import Labels
 from data.manifest import (
     BYTES_PER_TOKEN,
     MANIFEST_NAME,
@@ -62,7 +62,7 @@ def read_windows(
     seq_len: int,
     steps: Iterable[Step],
     keep_steps: int,
-    labels: LabelCache | None = None,
+    labels: Labels | None = None,
     on_damage: Literal["raise", "skip"] = "raise",
 ) -> Iterator[Windows]:
     """Yield the windows of each step.
@@ -96,7 +96,7 @@ def read_windows(
         targets = OpenChunks(
             labels.largest_chunk_bytes(split),
             partial(labels.read_chunk, split),
-            np.zeros(labels.settings.window_shape, dtype="<u2"),
+            np.zeros(labels.window_shape, dtype="<u2"),
             labels.check_unchanged if on_damage == "skip" else None,
         )
     both = [tokens, *([] if targets is None else [targets])]
@@ -126,9 +126,10 @@ def _damaged_rows(split: str, step: Step, errors: dict[int, str]) -> tuple[Damag
 
 def _check_unchanged(storage: Storage, manifest: Manifest) -> None:
     """Refuse to call a chunk damaged where the data set is gone (not mounted) or was made anew."""
-    found = parse_manifest(storage.read(MANIFEST_NAME), f"{storage.place}/{MANIFEST_NAME}")
-    if found != manifest:
-        raise DataError(f"{storage.place}/{MANIFEST_NAME}: changed since it was opened")
+    names = {f"{folder}/{MANIFEST_NAME}": part for folder, part in manifest.joined.items()}
+    for name, opened in (names or {MANIFEST_NAME: manifest}).items():
+        if parse_manifest(storage.read(name), f"{storage.place}/{name}") != opened:
+            raise DataError(f"{storage.place}/{name}: changed since it was opened")
 
 
 class OpenChunks:

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.cli import describe, run_cli
+from data.joint import join_sources
+from data.limits import planned_use
 from data.manifest import DataError
 from data.source import open_source
 from launch.gpus import Gpu, query_gpus
@@ -92,25 +94,30 @@ def check_batch(config: RunConfig, place: Place) -> str:
 
 
 def check_data(config: RunConfig) -> str:
-    """Manifest, shard sizes, sequence length and vocabulary."""
-    manifest = open_source(config.data).manifest
-    vocab_size = manifest.tokenizer.vocab_size
+    """Manifests, shard sizes, sequence length, vocabulary, and how often each source is read."""
+    data = config.data
+    sources = {name: open_source(part) for name, part in data.by_source.items()}
+    vocab_size = join_sources(data.place, sources).manifest.tokenizer.vocab_size
     if config.model is not None and vocab_size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} must be at least {vocab_size}, "
-            f"the vocabulary of the tokens in {config.data.dir}"
+            f"the vocabulary of the tokens in {data.place}"
         )
-    shards = sum(len(split.shards) for split in manifest.splits.values())
-    tokens = manifest.splits["train"].tokens
-    epochs = config.train.steps * config.tokens_per_step / max(tokens, 1)
-    return f"{config.data.dir}: {shards} shards, {tokens:,} training tokens, {epochs:.2f} epochs of them"
+    manifests = [source.manifest for source in sources.values()]
+    planned = planned_use(data, manifests, config.train.batch_size, config.train.steps)
+    return "; ".join(
+        f"{part.dir}: {sum(len(split.shards) for split in manifest.splits.values())} shards, "
+        f"{manifest.splits['train'].tokens:,} training tokens, {use.epochs:.2f} epochs of them"
+        for part, manifest, use in zip(data.by_source.values(), manifests, planned, strict=True)
+    )
 
 
 def check_concepts(config: RunConfig) -> str:
     """Teacher and autoencoder are there, or the targets that were stored with them."""
     if config.reads_labels and config.concepts is not None:
-        labels = open_labels(config.concepts, config.data, open_source(config.data).manifest)
-        return f"not needed: targets are read from {labels.place}"
+        manifests = [open_source(part).manifest for part in config.data.by_source.values()]
+        labels = open_labels(config.concepts, config.data, manifests)
+        return f"not needed: targets are read from {', '.join(cache.place for cache in labels)}"
     paths = config.frozen_models
     if not paths:
         raise Skip(f"objective.name={config.objective.name} needs no teacher")

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.joint import join_labels
 from data.label_cache import LabelCache
+from data.limits import SourceUse, planned_use
 from data.loader import TokenLoader
 from data.manifest import Manifest
 from data.source import open_source
@@ -47,8 +49,10 @@ class Parts:
     world: World
     mesh: Mesh
     manifest: Manifest
-    labels: LabelCache | None
-    """Stored targets of all windows, where the run reads them."""
+    planned: list[SourceUse]
+    """What the whole run trains on, by source."""
+    labels: dict[str, LabelCache]
+    """Stored targets of all windows by source, where the run reads them; else empty."""
     loader: TokenLoader
     objective: Objective
     engine: Engine
@@ -65,10 +69,12 @@ def build_parts(config: RunConfig, world: World) -> Parts:
     """
     mesh = build_mesh(config.parallel, world)
     _check_batch(config, mesh)
-    manifest = open_source(config.data).manifest
+    manifests = [open_source(part).manifest for part in config.data.by_source.values()]
+    manifest = manifests[0]  # tokenizer and dtype are those of every source, see below
     _check_vocabulary(config, manifest)
     _check_tensor_parallel(config)
-    labels = _open_labels(config, manifest, world)
+    planned = planned_use(config.data, manifests, config.train.batch_size, config.train.steps)
+    labels = _open_labels(config, manifests, world)
     model, objective, flops = _build_objective(config, world, mesh, manifest)
     engine = _build_engine(config, mesh, model, world.device)
     loader = TokenLoader(
@@ -77,20 +83,21 @@ def build_parts(config: RunConfig, world: World) -> Parts:
         rank=mesh.dp_rank,
         world_size=mesh.dp_size,
         pin_memory=world.device.type == "cuda",
-        labels=labels,
+        labels=join_labels(list(labels.values())),
     )
-    return Parts(world, mesh, manifest, labels, loader, objective, engine, flops)
+    return Parts(world, mesh, manifest, planned, labels, loader, objective, engine, flops)
 
 
-def _open_labels(config: RunConfig, manifest: Manifest, world: World) -> LabelCache | None:
-    """The stored targets that a run reads, or None where it computes its targets or has none."""
+def _open_labels(config: RunConfig, manifests: list[Manifest], world: World) -> dict[str, LabelCache]:
+    """The stored targets that a run reads; none where it computes its targets or has none."""
     concepts = config.predicted_concepts
     if concepts is None or not config.reads_labels:
-        return None
-    labels = open_labels(concepts, config.data, manifest)
+        return {}
+    labels = dict(zip(config.data.by_source, open_labels(concepts, config.data, manifests), strict=True))
+    places = ", ".join(cache.place for cache in labels.values())
     for key, path in (("concepts.teacher", concepts.teacher), ("concepts.sae", concepts.sae)):
         if world.is_main and not Path(path).exists():
-            logger.warning("%s=%s is not there: %s is taken on trust", key, path, labels.place)
+            logger.warning("%s=%s is not there: %s is taken on trust", key, path, places)
     return labels
 
 
@@ -115,7 +122,7 @@ def _check_vocabulary(config: RunConfig, manifest: Manifest) -> None:
     if config.model is not None and config.objective.name != "sae" and vocab_size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} must be at least {vocab_size}, "
-            f"the vocabulary of the tokens in {config.data.dir}"
+            f"the vocabulary of the tokens in {config.data.place}"
         )
 
 

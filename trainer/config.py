@@ -97,7 +97,8 @@ class ConceptsConfig:
     source: Literal["teacher", "cache"] = "teacher"
     """``teacher`` computes targets on the fly; ``cache`` reads what ``trainer.concepts.label`` has stored."""
     labels: str | None = None
-    """Folder of stored targets; ``null`` means ``labels`` in ``data.dir``."""
+    """Folder of stored targets, with one for each of ``data.sources`` in it; ``null`` means ``labels`` in
+    each shard folder."""
     ahead: bool = False
     """Compute a microbatch's targets while the student trains on the one before it, on a CUDA stream of
     their own (on a CPU one after the other); costs the memory of both at once. Needs a teacher that no

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from data.config import DataConfig
 from data.loader import validation_batches
 from data.source import open_tokenizer
 from data.tokenizer import Tokenizer
@@ -158,6 +161,7 @@ class Loop:
         if logged:
             values = {**means, **self.concept_shares(), "grad_norm": grad_norm}
             host = {"lr": lr, "data_wait_s": data_wait_s, **parts.objective.settings(step - 1)}
+            host |= self.source_use()
             self.log.submit(step, step * config.tokens_per_step, values, host)
         loss = means[parts.objective.means[0].name] if self.health.watches_losses else None
         return self.health.submit(step, grad_norm, loss)
@@ -167,6 +171,14 @@ class Loop:
         if self.usage is None:
             return {}
         return self.usage.reduce(partial(max_over_ranks, mesh=self.parts.mesh))
+
+    def source_use(self) -> dict[str, float]:
+        """Tokens and epochs of each source of a mixture since the start of training."""
+        if not self.config.data.sources:
+            return {}
+        use = self.parts.loader.use
+        tokens = {f"tokens/{source.name}": source.tokens for source in use}
+        return tokens | {f"epochs/{source.name}": source.epochs for source in use}
 
     # What can go wrong
 
@@ -237,31 +249,43 @@ class Loop:
     # What
 
     def run_validation(self) -> None:
-        """Means over the validation windows, on the record of this step."""
-        config, parts = self.config, self.parts
-        damage = DamageCount(parts.mesh)
+        """Means over the validation windows, on the record of this step.
+
+        Of several sources each has its own, and the run's are their means by the rows of training.
+        """
+        data = self.config.data
         with self.log.paused(), self.heartbeat.phase("validation"):
-            batches = validation_batches(
-                config.data,
-                share=config.validation.share,
-                rows=config.train.microbatch_size,
-                rank=parts.mesh.dp_rank,
-                world_size=parts.mesh.dp_size,
-                labels=parts.labels,
-            )
-            values = validate(
-                parts.engine,
-                parts.objective,
-                parts.mesh,
-                damage.watch(batches),
-                config.train.microbatch_size,
-                parts.world.device,
-                step=self.progress.step,
-            )
-            self.report_damage(damage)
+            found = {name: self.validate_source(name, part) for name, part in data.by_source.items()}
+        values = _over_sources(found, self.parts.loader.shares)
+        if data.sources:
+            values |= {f"{key}/{name}": found[name][key] for name in found for key in found[name]}
         self.log.validation(self.progress.step, values)
         self.progress.validated_step = self.progress.step
         self.last_validation = values
+
+    def validate_source(self, name: str, data: DataConfig) -> dict[str, float]:
+        """Means over the validation windows of one source."""
+        config, parts = self.config, self.parts
+        damage = DamageCount(parts.mesh)
+        batches = validation_batches(
+            data,
+            share=config.validation.share,
+            rows=config.train.microbatch_size,
+            rank=parts.mesh.dp_rank,
+            world_size=parts.mesh.dp_size,
+            labels=parts.labels.get(name),
+        )
+        means = validate(
+            parts.engine,
+            parts.objective,
+            parts.mesh,
+            damage.watch(batches),
+            config.train.microbatch_size,
+            parts.world.device,
+            step=self.progress.step,
+        )
+        self.report_damage(damage)
+        return means
 
     def write_samples(self) -> None:
         """Continue the configured prompts and show them."""
@@ -386,3 +410,9 @@ class Loop:
 def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Token ids of a prompt; an empty one starts a document."""
     return list(tokenizer.encode(prompt)) or [tokenizer.eot_id]
+
+
+def _over_sources(values: Mapping[str, Mapping[str, float]], shares: Mapping[str, float]) -> dict[str, float]:
+    """Means of the sources' values, each source with its share of the rows."""
+    keys = next(iter(values.values()))
+    return {key: math.fsum(shares[name] * values[name][key] for name in values) for key in keys}

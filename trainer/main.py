@@ -78,6 +78,18 @@ def build_logger(config: RunConfig, parts: Parts, run_dir: Path, resume_step: in
     )
 
 
+def report_sources(config: RunConfig, parts: Parts) -> None:
+    """Say what the run will have read of each source of a mixture when it ends."""
+    if not (config.data.sources and parts.world.is_main):
+        return
+    for use in parts.planned:
+        share = parts.loader.shares[use.name]
+        logger.info(
+            "source %s: %.4g of the rows; %s tokens, %.2f epochs by step %d",
+            use.name, share, f"{use.tokens:,}", use.epochs, config.train.steps,
+        )  # fmt: skip
+
+
 def train(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
     """Build, resume, train and publish one run; a collective over all ranks.
 
@@ -106,6 +118,7 @@ def train(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
             metrics_logger.config_text(dump_config(config))
         else:
             loop.resume(saved)
+        report_sources(config, parts)
         if world.is_main:
             write_status(run_dir, "running", loop.progress.step)
         outcome = loop.run()

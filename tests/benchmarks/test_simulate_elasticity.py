@@ -83,5 +83,5 @@ def test_the_command_prints_a_line_for_each_segment(capsys: pytest.CaptureFixtur
     assert main(["--scale", "50", "--epochs", "3", "--changes", "4"]) in (0, 1)
     out = capsys.readouterr().out
     assert out.count("\n| ") == 5
-    assert "each once in 3 whole epochs over 4 changes; state 162 bytes" in out
+    assert "each once in 3 whole epochs over 4 changes; state 185 bytes" in out
     assert main(["--changes", "0"]) == 2

@@ -317,7 +317,7 @@ def write_and_resume(run_dir: Path) -> None:
             submit(log, step, loss_ntp=torch.tensor(float(step)), **concepts)
     with running(run_dir, tensorboard=True, resume_step=2) as log:
         submit(log, 3, loss_ntp=torch.tensor(30.0), grad_norm=torch.tensor(1.0))
-        log.validation(3, {"loss_ntp": 2.0})
+        log.validation(3, {"loss_ntp": 2.0, "loss_ntp/web": 1.5})
         log.samples(3, {"def": " f():\n    pass"})
         log.flush()
         log.hparams({"optim": {"lr": 0.1, "betas": (0.9, 0.95)}, "sae": None}, {"val_loss_ntp": 2.0})
@@ -332,6 +332,7 @@ def test_tensorboard_serves_the_run(tmp_path: Path) -> None:
             "loss/ntp loss/concept perplexity concepts/recall_at_A optim/lr optim/grad_norm memory/peak_bytes"
         )
         wanted = f"{groups} throughput/tokens_per_s validation/loss_ntp validation/perplexity"
+        wanted += " validation/loss_ntp/web"
         assert set(wanted.split()) <= set(tags)
         assert not {"other/step", "other/tokens", "other/seconds", "other/flops"} & set(tags)
         points = ask(f"{address}data/plugin/scalars/scalars?run=.&tag=loss%2Fntp")

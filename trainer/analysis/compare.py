@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.cli import run_cli
+from data.config import DataConfig
 from data.files import replace_text
 from data.manifest import MANIFEST_NAME, read_manifest
 from trainer.analysis.compare_budgets import Comparison, Run, compare
@@ -72,13 +73,19 @@ def _existing(path: Path) -> Path:
 
 
 def _validated(config: RunConfig) -> Validated:
-    folder = Path(config.data.dir)
-    data = config.data.dir if config.data.is_remote else str(folder.resolve())
-    if (folder / MANIFEST_NAME).is_file():
-        manifest = read_manifest(folder)
-        shards = ",".join(shard.sha256 for shard in manifest.splits["val"].shards)
-        data = f"tokenizer {manifest.tokenizer.sha256}, shards {shards}"
+    data = "; ".join(_validation_data(part) for part in config.data.by_source.values())
+    if config.data.sources:  # whose losses count by their weights
+        data += f"; weights {', '.join(f'{source.weight:g}' for source in config.data.sources)}"
     return Validated(data, config.data.seq_len, config.validation.share)
+
+
+def _validation_data(data: DataConfig) -> str:
+    folder = Path(data.dir)
+    if not (folder / MANIFEST_NAME).is_file():
+        return data.dir if data.is_remote else str(folder.resolve())
+    manifest = read_manifest(folder)
+    shards = ",".join(shard.sha256 for shard in manifest.splits["val"].shards)
+    return f"tokenizer {manifest.tokenizer.sha256}, shards {shards}"
 
 
 def _check_same_validation(names: Sequence[str], validated: Sequence[Validated]) -> None:

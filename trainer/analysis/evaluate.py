@@ -1,8 +1,9 @@
 """``python -m trainer.analysis.evaluate RUN [--data DIR ...]``: perplexity, calibration and concept quality.
 
 RUN is a run directory or an exported folder, as for ``trainer.analysis.generate``. Without ``--data`` the
-run's own validation windows are read; each ``--data`` is a shard folder of the same tokenizer, reported by
-its own. A run gets ``evaluation/validation_<step>.json`` and ``.md``, and curves in TensorBoard.
+run's own validation windows are read, source by source; each ``--data`` is a shard folder of the same
+tokenizer, reported by its own. A run gets ``evaluation/validation_<step>.json`` and ``.md``, and curves in
+TensorBoard.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from trainer.metrics.tensorboard import TensorBoard
 
 
 def evaluate(trained: TrainedModel, args: argparse.Namespace) -> dict[str, ValidationReport]:
-    """Reports by source, the shard folders' names.
+    """Reports by source: the names of the run's sources, or those of the shard folders.
 
     Raises:
         ValueError: another tokenizer, no data, or an unreadable share.
@@ -38,13 +39,11 @@ def evaluate(trained: TrainedModel, args: argparse.Namespace) -> dict[str, Valid
     model = trained.model.to(device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
     extractor = _extractor(trained, device) if not args.no_concepts else None
     reports = {}
-    for config in validation_sources(trained, args.data):
+    for name, config in validation_sources(trained, args.data).items():
         batches = validation_windows(
             trained, config, f"evaluating on {config.dir}", share=args.share, rows=args.batch_size
         )
-        reports[Path(config.dir).name] = measure(
-            model, batches, device, extractor, end_id=trained.document_end
-        )
+        reports[name] = measure(model, batches, device, extractor, end_id=trained.document_end)
     return reports
 
 

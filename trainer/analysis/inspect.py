@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def _promotion(lens: Promotion, row: int, pieces: Pieces) -> dict[str, list[int]
 def _texts(subject: Subject, pieces: Pieces, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The given texts, then the first validation windows."""
     items = [(text[:60], subject.trained.tokenizer.encode(text)) for text in args.text]
-    config = validation_sources(subject.trained, args.data)[0]
+    (config, *_) = validation_sources(subject.trained, args.data).values()
     windows = validation_batches(config, share=1.0, rows=1, rank=0, world_size=1)
     for number, batch in zip(range(_VALIDATION_TEXTS), windows, strict=False):
         items.append((f"validation window {number + 1}", batch.tokens[0, :-1].tolist()))
@@ -286,9 +287,11 @@ def _main(args: argparse.Namespace) -> None:
     _check(args)
     subject = open_subject(args)
     _check_fits(args, subject)
-    (source,) = validation_sources(subject.trained, args.data)
-    windows = validation_windows(
-        subject.trained, source, f"reading {source.dir}", share=args.share, rows=args.batch_size
+    windows = chain.from_iterable(
+        validation_windows(
+            subject.trained, source, f"reading {source.dir}", share=args.share, rows=args.batch_size
+        )
+        for source in validation_sources(subject.trained, args.data).values()
     )
     found = collect(
         subject.model,

@@ -103,6 +103,15 @@ def _model_rows(trained: TrainedModel) -> list[Row]:
 
 
 def _data_rows(config: DataConfig) -> list[Row]:
+    if not config.sources:
+        return _source_rows(config)
+    rows: list[Row] = []
+    for source, part in zip(config.sources, config.by_source.values(), strict=True):
+        rows += [("source", f"`{source.name}`, weight {source.weight:g}"), *_source_rows(part)]
+    return rows
+
+
+def _source_rows(config: DataConfig) -> list[Row]:
     rows: list[Row] = [("folder", f"`{config.dir}`")]
     try:
         manifest = open_manifest(config)

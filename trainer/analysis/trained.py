@@ -77,9 +77,10 @@ def open_trained(path: Path, tokenizer: Path | None = None) -> TrainedModel:
 
 
 def _tokenizer(path: Path, config: RunConfig | None, given: Path | None) -> Tokenizer:
-    if given is None and config is not None and config.data.is_remote:
-        return open_tokenizer(config.data)
-    place = given or (path if config is None else Path(config.data.dir))
+    data = None if config is None else next(iter(config.data.by_source.values()))
+    if given is None and data is not None and data.is_remote:
+        return open_tokenizer(data)
+    place = given or (path if data is None else Path(data.dir))
     if given is None and not _has_tokenizer(place):
         raise FileNotFoundError(2, f"no {TOKENIZER_NAME} there: give --tokenizer", str(place))
     return load_tokenizer(place)

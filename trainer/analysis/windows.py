@@ -13,8 +13,8 @@ from data.source import open_source
 from trainer.analysis.trained import TrainedModel
 
 
-def validation_sources(trained: TrainedModel, folders: Sequence[str]) -> list[DataConfig]:
-    """Shard folders to read: those given, or the run's own.
+def validation_sources(trained: TrainedModel, folders: Sequence[str]) -> dict[str, DataConfig]:
+    """Shard folders to read, by name: those given, or the run's own.
 
     Raises:
         ValueError: none is given for a model folder, or two folders have one name.
@@ -22,7 +22,7 @@ def validation_sources(trained: TrainedModel, folders: Sequence[str]) -> list[Da
     seq_len = trained.model.config.n_positions
     if trained.config is not None:
         if not folders:
-            return [trained.config.data]
+            return trained.config.data.by_source
         seq_len = trained.config.data.seq_len
     if not folders:
         raise ValueError(f"{trained.path}: is no run directory, so --data must name a shard folder")
@@ -30,7 +30,9 @@ def validation_sources(trained: TrainedModel, folders: Sequence[str]) -> list[Da
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"--data: two folders are called {name}, their reports would be mixed up")
-    return [DataConfig(dir=folder, seq_len=seq_len) for folder in folders]
+    return {
+        name: DataConfig(dir=folder, seq_len=seq_len) for name, folder in zip(names, folders, strict=True)
+    }
 
 
 def validation_windows(

@@ -40,6 +40,8 @@ _SOFT_KEYS = frozenset(
         "concepts.labels",
     }
 )
+# Limits of a source only decide whether a run may begin.
+_SOFT_SOURCE_KEYS = frozenset({"max_epochs", "max_tokens"})
 _SOFT_SECTIONS = frozenset({"parallel", "log", "checkpoint", "validation", "tasks"})
 
 
@@ -176,14 +178,20 @@ def check_resume(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differe
 
 
 def _is_soft(key: str) -> bool:
-    return key in _SOFT_KEYS or key.split(".", 1)[0] in _SOFT_SECTIONS
+    limit = key.startswith("data.sources.") and key.rpartition(".")[2] in _SOFT_SOURCE_KEYS
+    return limit or key in _SOFT_KEYS or key.split(".", 1)[0] in _SOFT_SECTIONS
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of each leaf; a section that is missing equals one that is null."""
+    """Dotted key and value of each leaf; a section that is missing equals one that is null.
+
+    Sections of a list go by their ``name``.
+    """
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+        yield from _flatten({item["name"]: item for item in value}, prefix)
     elif isinstance(value, list | tuple):
         yield prefix, list(value)
     elif value is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from data.config import DataConfig
@@ -21,25 +22,38 @@ ARITHMETIC = 1
 """Rises with every change of the extraction that can change an id."""
 
 
-def labels_place(concepts: ConceptsConfig, data: DataConfig) -> str:
-    """Where the stored targets of a run are: a folder, or a URL where the shards have one."""
-    return f"{data.dir.rstrip('/')}/{DEFAULT_FOLDER}" if concepts.labels is None else concepts.labels
+def labels_places(concepts: ConceptsConfig, data: DataConfig) -> dict[str, str]:
+    """Where the stored targets of each source are: a folder, or a URL where the shards have one.
+
+    ``concepts.labels`` has a folder for each of ``data.sources``.
+    """
+    if concepts.labels is None:
+        return {name: f"{part.dir.rstrip('/')}/{DEFAULT_FOLDER}" for name, part in data.by_source.items()}
+    below = concepts.labels.rstrip("/")
+    return {name: f"{below}/{name}" if data.sources else concepts.labels for name in data.by_source}
 
 
-def open_labels(concepts: ConceptsConfig, data: DataConfig, manifest: Manifest) -> LabelCache:
-    """The stored targets that a run reads.
+def open_labels(
+    concepts: ConceptsConfig, data: DataConfig, manifests: Sequence[Manifest]
+) -> tuple[LabelCache, ...]:
+    """The stored targets that a run reads, one for each source.
 
     Raises:
         ValueError: no targets can be stored for such a dictionary.
         DataError: unfinished, incomplete, or made from another teacher, autoencoder, data or settings.
     """
-    return open_label_cache(data, labels_place(concepts, data), label_settings(concepts, data, manifest))
+    wanted = label_settings(concepts, data, manifests[0])
+    places = labels_places(concepts, data).values()
+    return tuple(
+        open_label_cache(data, place, replace(wanted, data=manifest.sha256))
+        for place, manifest in zip(places, manifests, strict=True)
+    )
 
 
 def label_settings(
     concepts: ConceptsConfig, data: DataConfig, manifest: Manifest, *, rows_per_pass: int | None = None
 ) -> LabelSettings:
-    """What decides the targets of a run; reads every byte of teacher and autoencoder.
+    """What decides the targets of one source; reads every byte of teacher and autoencoder.
 
     A teacher or an autoencoder that is not there has the digest ``None``.
 

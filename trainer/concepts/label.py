@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from data.cli import run_cli
-from data.config import is_remote
+from data.config import DataConfig, is_remote
 from data.label_cache import LABELS_NAME, LabelSettings, read_labels
 from data.label_writer import LabelWriter
 from data.manifest import DataError
@@ -30,7 +30,7 @@ from data.source import open_source, windows_per_chunk
 from data.stream import read_chunk
 from parallel.world import World, start_world, stop_world
 from trainer.build import document_end
-from trainer.concepts.cache import label_settings, labels_place
+from trainer.concepts.cache import label_settings, labels_places
 from trainer.concepts.extractor import TargetExtractor, check_vocabulary, pack_ids
 from trainer.config import RunConfig
 from trainer.config_io import ConfigError, load_config
@@ -41,35 +41,56 @@ SPLITS = ("train", "val")
 
 
 def label(config: RunConfig, world: World, *, overwrite: bool = False) -> bool:
-    """Label what nobody else labels; returns whether the folder is finished.
+    """Label what nobody else labels, source after source; returns whether all folders are finished.
 
     Raises:
         ValueError, DataError, OSError: the configuration, what it names and the folder do not fit together.
     """
     assert config.concepts is not None
-    storage, manifest = open_source(config.data)
+    places = labels_places(config.concepts, config.data)
+    for place in places.values():
+        if is_remote(place):
+            raise ValueError(f"concepts.labels={place} must be a folder: labels are written to no URL")
+    parts = config.data.by_source
+    finished = [
+        label_source(config, parts[name], Path(places[name]), world, overwrite=overwrite) for name in parts
+    ]
+    return all(finished)
+
+
+def label_source(
+    config: RunConfig, data: DataConfig, folder: Path, world: World, *, overwrite: bool = False
+) -> bool:
+    """Label the windows of one source.
+
+    Args:
+        config: of the run that will read the targets.
+        data: its data section of this source alone.
+        folder: of the labels.
+        world: this process.
+        overwrite: replace labels that were made with other settings.
+
+    Raises:
+        ValueError, DataError, OSError: as :func:`label`.
+    """
+    assert config.concepts is not None
+    storage, manifest = open_source(data)
     rows = config.train.microbatch_size
-    place = labels_place(config.concepts, config.data)
-    if is_remote(place):
-        raise ValueError(f"concepts.labels={place} must be a folder: labels are written to no URL")
-    folder = Path(place)
-    settings = label_settings(config.concepts, config.data, manifest, rows_per_pass=rows)
+    settings = label_settings(config.concepts, data, manifest, rows_per_pass=rows)
     if not overwrite and is_finished(folder, settings):
         return True
     # Runs that have a concept after every so many tokens read theirs out of the same labels.
     extractor = TargetExtractor.load(replace(config.concepts, every=1), world.device)
     end_id = document_end(config, manifest)
     vocab_size = manifest.tokenizer.vocab_size
-    check_vocabulary(extractor.teacher, vocab_size, config.data.seq_len, config.concepts.teacher)
-    windows = {split: windows_per_chunk(manifest, split, config.data.seq_len) for split in SPLITS}
+    check_vocabulary(extractor.teacher, vocab_size, data.seq_len, config.concepts.teacher)
+    windows = {split: windows_per_chunk(manifest, split, data.seq_len) for split in SPLITS}
     writer = LabelWriter(folder, settings, windows, overwrite=overwrite)
     try:
-        progress = _LabelProgress(writer, config.data.seq_len, shown=world.is_main)
+        progress = _LabelProgress(writer, data.seq_len, shown=world.is_main)
         for split, number in writer.claims():
             tokens = read_chunk(storage, manifest.dtype, *manifest.splits[split].chunks[number])
-            ids = label_chunk(
-                extractor, tokens, config.data.seq_len, rows, world.device, progress.advance, end_id
-            )
+            ids = label_chunk(extractor, tokens, data.seq_len, rows, world.device, progress.advance, end_id)
             writer.write(split, number, ids)
             progress.end_of_chunk()
         progress.close()
@@ -169,11 +190,11 @@ def _main(args: argparse.Namespace) -> None:
         finished = label(config, world, overwrite=args.overwrite)
     finally:
         stop_world()
-    folder = labels_place(config.concepts, config.data)
+    folders = ", ".join(labels_places(config.concepts, config.data).values())
     if finished:
-        print(f"labels: {folder}")
+        print(f"labels: {folders}")
     else:
-        print(f"{folder}: other processes are still labelling; the last one writes {LABELS_NAME}")
+        print(f"{folders}: other processes are still labelling; the last one writes {LABELS_NAME}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ REPORT_NAME = "report.json"
 
 @torch.no_grad()
 def measure(config: RunConfig, path: Path, device: torch.device) -> dict[str, float]:
-    """Quality of a published SAE over the validation windows.
+    """Quality of a published SAE over the validation windows of all sources.
 
     Returns:
         ``normalized_mse`` (against always predicting the mean), ``dead_fraction`` (latents that no
@@ -51,12 +52,17 @@ def measure(config: RunConfig, path: Path, device: torch.device) -> dict[str, fl
     teacher = load_teacher(config.sae.teacher, layer, key="sae.layer").to(device, torch.float32)
     sae = load_sae(path).to(device)
     totals: ReconstructionSums | None = None
-    end_id = document_end(config, open_manifest(config.data))
+    parts = config.data.by_source.values()
+    end_id = document_end(config, open_manifest(next(iter(parts))))  # one tokenizer made all tokens
     losses = torch.zeros(3, dtype=torch.float64, device=device)
     num_labels = torch.zeros((), dtype=torch.int64, device=device)
-    for batch in validation_batches(
-        config.data, share=config.validation.share, rows=config.train.microbatch_size, rank=0, world_size=1
-    ):
+    batches = (
+        validation_batches(
+            part, share=config.validation.share, rows=config.train.microbatch_size, rank=0, world_size=1
+        )
+        for part in parts
+    )
+    for batch in chain.from_iterable(batches):
         rows = batch.counted(batch.tokens).to(device).long()
         input_ids, labels, documents = split_windows(rows, end_id)
         sums = reconstruction_sums(sae, teacher.residual_after(input_ids, layer, documents))

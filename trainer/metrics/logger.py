@@ -27,7 +27,10 @@ so equal text means bitwise equal values; NaN and infinities, which JSON lacks, 
                         validation, checkpoints and time between processes do not count, nor does work that
                         was lost with a process that died
 ``memory_peak_bytes``   largest allocated device memory of rank 0, on CPU its largest resident set
-``val_*``               validation of the model after this step
+``val_*``               validation of the model after this step; with ``data.sources`` the mean of the sources
+                        by their rows, and ``val_*/NAME`` that of each source
+``tokens/NAME``         tokens of a source since the start of training, ``epochs/NAME`` the same in passes
+                        over its windows; with ``data.sources`` only
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ _GROUPS = (
     ("sae_", "sae/"),
     ("memory_", "memory/"),
     ("val_", "validation/"),
+    ("tokens/", "sources/tokens/"),
+    ("epochs/", "sources/epochs/"),
 )
 
 _LAYOUT: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
@@ -35,6 +37,7 @@ _LAYOUT: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "next token": (r"loss/ntp$", r"validation/loss_ntp$"),
             "concepts": (r"loss/concept$", r"validation/loss_concept$"),
             "perplexity": (r"^perplexity$", r"validation/perplexity$"),
+            "validation by source": (r"validation/loss_ntp/",),
         },
         "Concepts": {
             "recall": (r"concepts/recall_at_A$", r"validation/concept_recall_at_A$"),

@@ -102,6 +102,26 @@ def test_soft_difference_resumes_and_is_named(key: str, value: Any) -> None:
     assert difference.new == value
 
 
+def test_sources_are_compared_by_name() -> None:
+    """Catches a limit that cannot be raised for a longer run, and a weight that can be changed."""
+    old, new = _config(), _config()
+    old["data"]["sources"] = [
+        {"name": "a", "weight": 1.0, "max_epochs": 2},
+        {"name": "b", "weight": 1.0, "max_epochs": 0},
+    ]
+    new["data"]["sources"] = [{**item, "max_epochs": 9} for item in old["data"]["sources"]]
+    assert [str(item) for item in check_resume(old, new)] == [
+        "data.sources.a.max_epochs: 2 in the checkpoint, 9 now",
+        "data.sources.b.max_epochs: 0 in the checkpoint, 9 now",
+    ]
+    new["data"]["sources"][1]["weight"] = 2.0
+    with pytest.raises(CheckpointError, match=r"data\.sources\.b\.weight: 1\.0 in the checkpoint, 2\.0 now"):
+        check_resume(old, new)
+    new["data"]["sources"] = old["data"]["sources"][:1]
+    with pytest.raises(CheckpointError, match=r"data\.sources\.b\.name: 'b' in the checkpoint, '\(absent\)'"):
+        check_resume(old, new)
+
+
 def test_equal_configurations_have_no_difference() -> None:
     """Catches tuples against lists and absent against null sections counting as differences."""
     new = _config()

@@ -103,7 +103,7 @@ def test_stored_targets_are_those_of_the_fly(labels: Path, tiny_world: Path, tmp
     """Catches targets of another window, and a microbatch whose shape or neighbours change a target."""
     config = tiny_config(tiny_world, tmp_path / "run", concepts__source="cache", concepts__labels=str(labels))
     assert config.concepts is not None
-    cache = open_labels(config.concepts, config.data, open_source(config.data).manifest)
+    (cache,) = open_labels(config.concepts, config.data, [open_source(config.data).manifest])
     extractor = TargetExtractor.load(config.concepts, CPU)
     loader = TokenLoader(config.data, rows_per_step=30, rank=0, world_size=1, labels=cache)
     batches = [next(loader) for _ in range(10)]  # one epoch and a bit
