@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import parallel.titan  # noqa: F401  (takes seconds: imported once, before ranks are forked)
 from data.config import DataConfig
 from data.prepare import PrepareOptions, prepare
+from data.source import open_manifest, windows_per_chunk
 from launch.preflight import check_data
 from tests.ranks import run_ranks
 from tests.trainer.test_run import losses, main_in_child, run_in_child, stop_after, train_on_ranks
@@ -23,6 +26,7 @@ from trainer.analysis.inspect import main as inspect_main
 from trainer.analysis.model_card import model_card
 from trainer.analysis.trained import open_trained
 from trainer.concepts.label import label
+from trainer.concepts.train_sae import measure
 from trainer.config import RunConfig
 from trainer.config_io import dump_config, from_dict
 from trainer.metrics.json_lines import read_json_lines
@@ -160,6 +164,19 @@ def test_stored_targets_of_every_source(
     cached = with_changes(config, concepts__source="cache", concepts__teacher="gone")
     assert run_in_child(cached) == 0
     assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_an_autoencoder_is_measured_on_every_source(tiny_world: Path, songs: Path, tmp_path: Path) -> None:
+    """Catches a report on the first source alone."""
+    config = mixture(tiny_world, songs, tmp_path / "run", "sae")
+    cpu = torch.device("cpu")
+    found, windows = [], []
+    for part in config.data.by_source.values():
+        found.append(measure(replace(config, data=part), tiny_world / "sae.pt", cpu)["loss_clean"])
+        windows.append(sum(windows_per_chunk(open_manifest(part), "val", part.seq_len)))
+    assert found[0] != found[1]
+    mean = sum(loss * count for loss, count in zip(found, windows, strict=True)) / sum(windows)
+    assert measure(config, tiny_world / "sae.pt", cpu)["loss_clean"] == pytest.approx(mean, rel=1e-6)
 
 
 def test_analyses_of_a_mixture(
