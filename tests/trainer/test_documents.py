@@ -316,7 +316,7 @@ def test_stored_targets(tiny_world: Path, tmp_path: Path, runs: Path) -> None:
     assert losses(tmp_path / "cached") == losses(runs / "one" / "cocomix")
     assert plain.concepts is not None
     with pytest.raises(DataError, match="mask_documents was True and is False;") as error:
-        open_labels(plain.concepts, plain.data, open_source(plain.data).manifest)
+        open_labels(plain.concepts, plain.data, [open_source(plain.data).manifest])
     assert "\n" not in str(error.value)
 
 
