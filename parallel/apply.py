@@ -93,6 +93,8 @@ def _shard(
     # Backward begins with the root's weights (head and loss): freeing them first saves nothing.
     root = shard(model, reshard_after_forward=False)
     _prefetch(root, units, config.prefetch)
+    if mesh.dp_size == 1:
+        return  # alone FSDP2 divides nothing; told to divide by 1, it makes a copy of all gradients
     for module in (*units, root):
         module.set_gradient_divide_factor(1.0)
         # Otherwise a factor is a premultiplied sum, which gloo does not have; at 1.0 a plain sum
