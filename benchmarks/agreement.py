@@ -30,7 +30,9 @@ def check_targets(ids: Tensor, dense: Targets) -> float:
         Disagreement: a target is another one, and not for a tie.
     """
     scale = TIE_TOLERANCE * dense.attribution.abs().amax(-1, keepdim=True)
-    ours, theirs = (dense.attribution.gather(-1, part.clamp_min(0)) * (part >= 0) for part in (ids, dense.ids))
+    ours, theirs = (
+        dense.attribution.gather(-1, part.clamp_min(0)) * (part >= 0) for part in (ids, dense.ids)
+    )
     wrong = (ids != dense.ids) & ((ours - theirs).abs() > scale)
     if wrong.any():
         raise Disagreement(

@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks import bench_extractor, bench_gpu, bench_loader, bench_step, bench_targets
 from benchmarks.agreement import Disagreement
 from benchmarks.record import RECORDS, Transcript, command_line, write_record
+from benchmarks.step_memory import step_memory
 from data.cli import run_cli
 
 
@@ -71,10 +72,15 @@ def _ntp(dry_run: bool) -> tuple[Values, Any]:
 
 
 def _memory(dry_run: bool) -> tuple[Values, Any]:
-    settings = bench_step.Settings(dry_run=dry_run, threads=1 if dry_run else 2)
-    found = bench_step.compare_memory(settings)
-    details = {side: asdict(memory) for side, memory in found.items()}
-    return [found["own"].above / found["dense"].above], {"settings": asdict(settings), **details}
+    """Of the step as configured and of that in fp32; the oracle's, whose teacher is fp32, is in fp32."""
+    found = {}
+    for precision in ("bf16", "fp32"):
+        settings = bench_step.Settings(precision=precision, dry_run=dry_run)
+        config, teacher = settings.config("cocomix"), bench_step.teacher_of(settings)
+        found[precision] = step_memory("own", config, teacher, settings.rows)
+    dense = step_memory("dense", config, teacher, settings.rows)
+    values = [memory.above / dense.above for memory in found.values()]
+    return values, {name: asdict(memory) for name, memory in {**found, "dense": dense}.items()}
 
 
 def _extraction(dry_run: bool) -> tuple[Values, Any]:
@@ -115,6 +121,7 @@ def newest_record(theme: str, root: Path = RECORDS) -> Path | None:
 
 def registry() -> tuple[Measurement, ...]:
     """All figures, in the order of the table."""
+    memory = bench_step.MEMORY_TARGET
     fp32, configured = bench_step.TARGETS["dense", "fp32"], bench_step.TARGETS["dense", "bf16"]
     extraction = [
         Row(f"teacher and autoencoder alone, {name}, oracle / own", target)
@@ -140,7 +147,10 @@ def registry() -> tuple[Measurement, ...]:
         Measurement("extraction", tuple(extraction), 60, _extraction),
         Measurement(
             "memory",
-            (Row("peak memory of the step above the weights, own / oracle", bench_step.MEMORY_TARGET, True),),
+            tuple(
+                Row(f"peak memory of the step above the weights, {name}, own / oracle", memory, True)
+                for name in ("as configured", "fp32")
+            ),
             60,
             _memory,
         ),

@@ -90,8 +90,7 @@ def _tokens(settings: Settings, extractor: TargetExtractor) -> tuple[Tensor, Ten
 def lines_of(settings: Settings, found: Extraction) -> list[str]:
     """A table."""
     lines = [
-        f"teacher and autoencoder, {settings.rows} x {settings.seq_len} tokens, threads: {settings.threads}, "
-        f"rounds: {settings.repeats}",
+        f"teacher and autoencoder, {settings.shape}, threads: {settings.threads}, rounds: {settings.repeats}",
         "",
         "| | CPU seconds | on the clock | times as fast | target | tokens with the oracle's targets |",
         "|---|---|---|---|---|---|",
@@ -100,7 +99,7 @@ def lines_of(settings: Settings, found: Extraction) -> list[str]:
         compared = "1 | | "
         if name in found.ratios:
             compared = f"{found.ratios[name]:.2f} | {TARGETS[name]} | {found.equal_targets[name]:.2%}"
-        lines.append(f"| {name} | {seconds.cpu_median:.2f} | {seconds.wall_median:.2f} | {compared} |")
+        lines.append(f"| {name} | {seconds.cpu_median:.3f} | {seconds.wall_median:.3f} | {compared} |")
     return lines
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
@@ -26,6 +26,7 @@ from benchmarks.students import Kind, Size, Student, build_student, load_student
 from benchmarks.turns import Seconds, ratio, take_turns, wall_ratio
 from data.batch import Batch
 from data.cli import run_cli
+from launch.planning.teacher import Teacher
 from trainer.config import RunConfig
 from trainer.objective import split_tokens
 
@@ -56,6 +57,11 @@ class Settings:
         for name in ("rows", "seq_len", "repeats", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+
+    @property
+    def shape(self) -> str:
+        """In words."""
+        return "a dry run" if self.dry_run else f"{self.rows} x {self.seq_len} tokens"
 
     def config(self, kind: Kind) -> RunConfig:
         """The configuration of one side."""
@@ -97,7 +103,7 @@ def against_dense(settings: Settings) -> Comparison:
         Disagreement: in fp32 both do not find the same targets, loss or gradient norm.
     """
     with one_process(threads=settings.threads) as world:
-        own = build_student(settings.config("cocomix"), world.device, _teacher(settings))
+        own = build_student(settings.config("cocomix"), world.device, teacher_of(settings))
         dense = DenseStep.like(own)
         batch = own.random_batch(settings.rows, seed=0)
         equal = _first_steps(own, dense, batch, exact=settings.precision == "fp32")
@@ -108,7 +114,8 @@ def against_dense(settings: Settings) -> Comparison:
     return Comparison(ratio(*pair), wall_ratio(*pair), seconds, parts, equal_targets=equal)
 
 
-def _teacher(settings: Settings) -> Any:
+def teacher_of(settings: Settings) -> Teacher:
+    """GPT-2 124M."""
     return teacher_sizes(dry_run=settings.dry_run)
 
 
@@ -133,7 +140,7 @@ def against_ntp(settings: Settings) -> Comparison:
     with one_process(threads=settings.threads) as world:
         kinds: tuple[Kind, ...] = get_args(Kind)
         sides = {
-            kind: build_student(settings.config(kind), world.device, _teacher(settings)) for kind in kinds
+            kind: build_student(settings.config(kind), world.device, teacher_of(settings)) for kind in kinds
         }
         steps = {
             kind: partial(side.step, side.random_batch(settings.rows, seed=0), settings.rows)
@@ -148,7 +155,7 @@ def against_ntp(settings: Settings) -> Comparison:
 
 def compare_memory(settings: Settings) -> dict[str, Memory]:
     """Peak of one step of each side, in processes of their own."""
-    config, teacher = settings.config("cocomix"), _teacher(settings)
+    config, teacher = settings.config("cocomix"), teacher_of(settings)
     return {
         "dense": step_memory("dense", config, teacher, settings.rows),
         "own": step_memory("own", config, teacher, settings.rows),
@@ -159,18 +166,18 @@ def lines_of(settings: Settings, found: Comparison) -> list[str]:
     """A comparison for the reader."""
     names = list(found.seconds)
     lines = [
-        f"{settings.size.upper()}, {settings.rows} x {settings.seq_len} tokens, {settings.precision}, "
-        f"threads: {settings.threads}, rounds: {settings.repeats}",
+        f"{settings.size.upper()}, {settings.shape}, {settings.precision}, threads: {settings.threads}, "
+        f"rounds: {settings.repeats}",
         "",
         f"| CPU seconds | {' | '.join(names)} |",
         f"|---|{'---|' * len(names)}",
     ]
     for part in PARTS:
         if any(part in found.parts[name] for name in names):
-            cells = [f"{found.parts[name].get(part, 0):.2f}" for name in names]
+            cells = [f"{found.parts[name].get(part, 0):.3f}" for name in names]
             lines.append(f"| {part} | {' | '.join(cells)} |")
-    lines.append(f"| whole step | {' | '.join(f'{found.seconds[n].cpu_median:.2f}' for n in names)} |")
-    lines.append(f"| on the clock | {' | '.join(f'{found.seconds[n].wall_median:.2f}' for n in names)} |")
+    lines.append(f"| whole step | {' | '.join(f'{found.seconds[n].cpu_median:.3f}' for n in names)} |")
+    lines.append(f"| on the clock | {' | '.join(f'{found.seconds[n].wall_median:.3f}' for n in names)} |")
     lines.append("")
     if found.predicted is not None:
         lines.append(
@@ -235,7 +242,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=1, help="sequences of a step")
     parser.add_argument("--seq_len", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--repeats", type=int, default=3, help="steps of each side")
-    parser.add_argument("--threads", type=int, default=1, help="of the process; more of them wait for each other")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of the process; more of them wait for each other"
+    )
     parser.add_argument("--memory", action="store_true", help="also peak memory against the oracle's")
     parser.add_argument("--dry_run", action="store_true", help="tiny sizes, to try the program")
     parser.add_argument("--record", action="store_true", help="write a record below benchmarks/records")

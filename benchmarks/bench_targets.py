@@ -1,7 +1,8 @@
 """``python -m benchmarks.bench_targets``: a training step on stored targets against one on the fly.
 
-The step is the trainer's own, with random weights for student, teacher and autoencoder. Both kinds of steps take turns on one model in one process. Stored
-targets come with the batch, as the loader brings them; reading them is measured by ``bench_loader``.
+The step is the trainer's own, with random weights for student, teacher and autoencoder. Both kinds of steps
+take turns on one model in one process. Stored targets come with the batch, as the loader brings them; reading
+them is measured by ``bench_loader``.
 """
 
 from __future__ import annotations

@@ -83,7 +83,6 @@ class PartClock:
 def own_parts(student: Student, step: Callable[[], object], repeats: int) -> dict[str, float]:
     """Median CPU seconds of the parts of the step that trains."""
     clock, model = PartClock(), student.engine.model
-    # The interesting functions of an autograd.Function or of a sharded module are reached through their owner.
     owners: list[tuple[object, str, str]] = [
         (model, "forward", BLOCKS),
         (model, "head_loss", LM_HEAD),

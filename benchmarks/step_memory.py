@@ -1,9 +1,9 @@
 """Peak memory of a training step on a CPU above what lives on between steps.
 
-Each side has a process of its own, so that neither finds memory that the other let go of. What counts is the
-process's resident set: at its highest during one step (``VmHWM`` of Linux, set back before the step) less what
-it was before. Weights, autoencoder, teacher and Adam's moments exist by then; gradients, activations, logits
-and what the allocator and the libraries need come on top.
+Each side has a process of its own, so that neither finds memory that the other let go of. What counts is
+the process's resident set: at its highest during one step (``VmHWM`` of Linux, set back before the step)
+less what it was before. Weights, autoencoder, teacher and Adam's moments exist by then; gradients,
+activations, logits and what the allocator and the libraries need come on top.
 """
 
 from __future__ import annotations

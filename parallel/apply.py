@@ -95,7 +95,7 @@ def _shard(
     _prefetch(root, units, config.prefetch)
     for module in (*units, root):
         if mesh.dp_size == 1:
-            # Told to divide by 1, FSDP2 would make a copy of all gradients here; by itself it divides nothing.
+            # Told to divide by 1, FSDP2 would copy all gradients here; by itself it divides nothing.
             module.set_custom_reduce_scatter(cast(Any, _OneBuffer()))
             continue
         module.set_gradient_divide_factor(1.0)

@@ -23,7 +23,9 @@ def test_both_steps_minimise_the_same_loss() -> None:
         for student, batch in ((bench.on_the_fly, bench.plain), (bench.cached, bench.labelled)):
             parts = batch.microbatches(2)
             with torch.no_grad():
-                terms = [student.objective(student.engine.model, part, step=0, detail=False) for part in parts]
+                terms = [
+                    student.objective(student.engine.model, part, step=0, detail=False) for part in parts
+                ]
             losses.append(sum(float(term.loss) for term in terms))
         times = bench.measure(2)
         return losses, len(times.cached), times.ratio > 0

@@ -121,7 +121,7 @@ def ids(*values: int) -> Tensor:
 
 
 def test_only_a_tie_excuses_another_target() -> None:
-    """Catches a comparison that lets a wrong id pass, and one that refuses the order of equal attributions."""
+    """Catches a comparison that lets a wrong id pass, or refuses the order of equal attributions."""
     dense = dense_targets([2, 0], [1.0, 0.5, 1.0 + 1e-7, 0.0])
     assert agreement.check_targets(ids(2, 0), dense) == 1.0
     assert agreement.check_targets(ids(0, 2), dense) == 0.0

@@ -38,7 +38,7 @@ SPARSE: dict[Any, Callable[..., int]] = {
 
 @pytest.fixture(autouse=True)
 def products_that_are_counted() -> Iterator[None]:
-    """Products as torch's own operations: its counter knows neither oneDNN's nor the CPU's flash attention."""
+    """Torch's own products: its counter knows neither oneDNN's nor the CPU's flash attention."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False
     with sdpa_kernel(SDPBackend.MATH):
@@ -117,7 +117,7 @@ def test_extraction() -> None:
 
 
 def test_cocomix() -> None:
-    """Catches formulas that are not what the student multiplies: interleaved and pruned blocks, both heads."""
+    """Catches formulas that are not what is multiplied: interleaved and pruned blocks, both heads."""
     model = CoCoMix(sizes(D, LAYERS, V), concepts())
     randomize(model, seed=0)
     ids, labels = tokens(V)

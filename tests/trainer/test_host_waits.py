@@ -31,7 +31,7 @@ PLANTED: dict[str, Callable[[Tensor], object]] = {
     "cpu": lambda x: x.cpu(),
     "nonzero": lambda x: x.nonzero(),
     "mask": lambda x: x[x > 0],
-    "assigned through a mask": lambda x: x.clone().index_put_((x > 0,), x.new_ones(int(len(x)))),
+    "assigned through a mask": lambda x: x.clone().index_put_((x > 0,), x.new_ones(len(x))),
     "unique": lambda x: x.unique(),
     "counts": lambda x: torch.repeat_interleave(torch.ones(len(x), dtype=torch.int64)),
     "synchronize": lambda x: torch.cuda.synchronize(),

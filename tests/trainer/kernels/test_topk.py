@@ -43,7 +43,7 @@ def test_equal_values_come_by_their_id(num_columns: int, k: int, num_levels: int
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_columns", [40, 2**16])
 def test_half_precision_ties_as_whole_rows_do(dtype: torch.dtype, num_columns: int) -> None:
-    """Catches an order of bits that is not that of the numbers: negative ones, zeros of both signs, infinities."""
+    """Catches an order of bits that is not the numbers': below 0, zeros of both signs, infinities."""
     scores = torch.randn(20, num_columns, generator=torch.Generator().manual_seed(0)).to(dtype)
     scores[:, ::3] = 0.0
     scores[:, 1::3] *= -0.0
