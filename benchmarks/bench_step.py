@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import get_args
@@ -107,7 +107,10 @@ def against_dense(settings: Settings) -> Comparison:
         dense = DenseStep.like(own)
         batch = own.random_batch(settings.rows, seed=0)
         equal = _first_steps(own, dense, batch, exact=settings.precision == "fp32")
-        steps = {"dense": partial(dense, batch), "own": partial(own.step, batch, settings.rows)}
+        steps: dict[str, Callable[[], object]] = {
+            "dense": partial(dense, batch),
+            "own": partial(own.step, batch, settings.rows),
+        }
         seconds = take_turns(steps, settings.repeats, warm_ups=0)  # each has made its first step
         parts = {"dense": dense_parts(steps["dense"], 1), "own": own_parts(own, steps["own"], 1)}
     pair = (seconds["dense"], seconds["own"])
@@ -142,12 +145,12 @@ def against_ntp(settings: Settings) -> Comparison:
         sides = {
             kind: build_student(settings.config(kind), world.device, teacher_of(settings)) for kind in kinds
         }
-        steps = {
+        steps: dict[str, Callable[[], object]] = {
             kind: partial(side.step, side.random_batch(settings.rows, seed=0), settings.rows)
             for kind, side in sides.items()
         }
         seconds = take_turns(steps, settings.repeats)
-        parts = {kind: own_parts(sides[kind], steps[kind], 1) for kind in kinds}
+        parts = {str(kind): own_parts(sides[kind], steps[kind], 1) for kind in kinds}
     pair = (seconds["cocomix"], seconds["ntp"])
     predicted = sides["cocomix"].flops.total / sides["ntp"].flops.total
     return Comparison(ratio(*pair), wall_ratio(*pair), seconds, parts, predicted=predicted)

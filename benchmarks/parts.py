@@ -7,7 +7,7 @@ gradients in their forward (``trainer.kernels.lm_head``), so that most of their 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -34,11 +34,15 @@ REST = "the rest"
 PARTS = (TEACHER, AUTOENCODER, BLOCKS, CONCEPT_HEAD, LM_HEAD, BACKWARD, UPDATE, REST)
 
 
+def _nothing() -> defaultdict[str, float]:
+    return defaultdict(float)
+
+
 @dataclass(slots=True)
 class PartClock:
     """Seconds by part since it was made."""
 
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=_nothing)
     _open: list[str] = field(default_factory=list)
     _since: float = 0.0
 
@@ -123,12 +127,12 @@ def dense_parts(step: Callable[[], object], repeats: int) -> dict[str, float]:
 def _measure(
     clock: PartClock, contexts: Sequence[Any], step: Callable[[], object], repeats: int
 ) -> dict[str, float]:
-    samples: list[Counter[str]] = []
+    samples: list[defaultdict[str, float]] = []
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)
         for _ in range(repeats):
-            clock.seconds = Counter()
+            clock.seconds = _nothing()
             with clock.part(REST):
                 step()
             samples.append(clock.seconds)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -53,7 +54,7 @@ def _measure(which: Which, config: RunConfig, teacher: Teacher, rows: int) -> Me
     with one_process(threads=torch.get_num_threads()) as world:
         student = build_student(config, world.device, teacher)
         batch = student.random_batch(rows, seed=0)
-        step = partial(student.step, batch, rows)
+        step: Callable[[], object] = partial(student.step, batch, rows)
         if which == "dense":
             step = partial(DenseStep.like(student), batch)
         del student
