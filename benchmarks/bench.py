@@ -66,7 +66,7 @@ def _step(precision: str, repeats: int, dry_run: bool) -> tuple[Values, Any]:
 
 
 def _ntp(dry_run: bool) -> tuple[Values, Any]:
-    settings = bench_step.Settings(rows=1 if dry_run else 4, repeats=2, dry_run=dry_run)
+    settings = bench_step.Settings(repeats=3, dry_run=dry_run)
     found = bench_step.against_ntp(settings)
     return [found.over_predicted], {"settings": asdict(settings), **asdict(found)}
 
@@ -95,7 +95,7 @@ def _loader(dry_run: bool) -> tuple[Values, Any]:
 
 
 def _targets(dry_run: bool) -> tuple[Values, Any]:
-    value, details = bench_targets.measure_cached_step(repeats=2, dry_run=dry_run)
+    value, details = bench_targets.measure_cached_step(repeats=1, dry_run=dry_run)
     return [value], details
 
 
@@ -135,14 +135,14 @@ def registry() -> tuple[Measurement, ...]:
         Measurement(
             "step-fp32",
             (Row("69M step, 1 x 1024, fp32, oracle / own", fp32),),
-            60,
-            partial(_step, "fp32", 3),
+            120,
+            partial(_step, "fp32", 2),
         ),
         Measurement(
             "step-configured",
             (Row("69M step as configured: bf16, oracle with fp32 teacher / own", configured),),
-            60,
-            partial(_step, "bf16", 3),
+            90,
+            partial(_step, "bf16", 2),
         ),
         Measurement("extraction", tuple(extraction), 60, _extraction),
         Measurement(
@@ -151,7 +151,7 @@ def registry() -> tuple[Measurement, ...]:
                 Row(f"peak memory of the step above the weights, {name}, own / oracle", memory, True)
                 for name in ("as configured", "fp32")
             ),
-            60,
+            70,
             _memory,
         ),
         Measurement(
@@ -161,12 +161,12 @@ def registry() -> tuple[Measurement, ...]:
             _ntp,
         ),
         Measurement(
-            "loader", (Row("token stream, rows per CPU second / memmap's", bench_loader.TARGET),), 60, _loader
+            "loader", (Row("token stream, rows per CPU second / memmap's", bench_loader.TARGET),), 20, _loader
         ),
         Measurement(
             "cached-targets",
             (Row("69M step on stored targets, on the fly / stored", bench_targets.TARGET),),
-            60,
+            90,
             _targets,
         ),
         Measurement("gpu", tuple(utilisation), 0, _gpu),
@@ -217,7 +217,9 @@ def measure_all(measurements: Sequence[Measurement], *, dry_run: bool) -> tuple[
         started = time.monotonic()
         values, found = measurement.run(dry_run)
         details[measurement.name] = {"seconds": round(time.monotonic() - started, 1), "found": found}
-        figures += [Figure(row, value) for row, value in zip(measurement.rows, values, strict=True)]
+        found_here = [Figure(row, value) for row, value in zip(measurement.rows, values, strict=True)]
+        print("\n".join(table(found_here)[2:]), file=sys.stderr, flush=True)
+        figures += found_here
     return figures, details
 
 
