@@ -124,7 +124,7 @@ def teacher_of(settings: Settings) -> Teacher:
 
 def _first_steps(own: Student, dense: DenseStep, batch: Batch, *, exact: bool) -> float:
     """One step of both on the same weights; returns the share of equal targets."""
-    ids = extractor_of(own)(*split_tokens(batch))
+    ids = extractor_of(own)(*split_tokens(batch)[:2])
     found = dense(batch)
     norm = own.step(batch, batch.num_rows)
     if not exact:

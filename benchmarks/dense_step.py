@@ -83,7 +83,7 @@ class DenseStep:
 
     def __call__(self, batch: Batch) -> DenseResult:
         """One optimizer step over all rows of a batch at once."""
-        input_ids, labels = split_tokens(batch)
+        input_ids, labels = split_tokens(batch)[:2]
         targets = self.extractor(input_ids, labels)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision):
             total = reference_dense.cocomix_loss(

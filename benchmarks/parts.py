@@ -98,7 +98,7 @@ def own_parts(student: Student, step: Callable[[], object], repeats: int) -> dic
     objective = student.objective
     if isinstance(objective, CoCoMixLoss) and objective.extractor is not None:
         owners += [
-            (objective, "targets", TEACHER),
+            (extraction, "residual_and_gradient", TEACHER),
             (objective.extractor.sae, "encode", AUTOENCODER),
             (extraction, "attribution", AUTOENCODER),
             (extraction, "select_targets", AUTOENCODER),
