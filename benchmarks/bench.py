@@ -157,7 +157,7 @@ def registry() -> tuple[Measurement, ...]:
         Measurement(
             "ntp",
             (Row("CoCoMix / NTP, measured over predicted by FLOPs", bench_step.NTP_TARGET, True),),
-            60,
+            90,
             _ntp,
         ),
         Measurement(
