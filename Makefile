@@ -16,7 +16,7 @@ TEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo sweep test test-runs test-parts test-slurm bench-data faults test-fast check format verify tensorboard clean
+.PHONY: help setup demo sweep test test-runs test-parts test-slurm bench bench-data faults test-fast check format verify tensorboard clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ test-slurm: setup  ## run jobs on a real SLURM on this machine (Debian: apt-get 
 
 faults: setup  ## break runs on purpose and count what is lost; KILLS=20 is quicker
 	$(BIN)/python -m benchmarks.faults --kills $(KILLS) $(FAULTS)
+
+bench: setup  ## measure every figure of speed beside its target, about 8 minutes; BENCH="--only extraction --record"
+	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 bench-data: setup  ## measure data preparation and streaming; BENCH="--suites prepare --record"
 	$(BIN)/python -m benchmarks.bench_data $(BENCH)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,10 +94,32 @@ def _shard(
     root = shard(model, reshard_after_forward=False)
     _prefetch(root, units, config.prefetch)
     for module in (*units, root):
+        if mesh.dp_size == 1:
+            # Told to divide by 1, FSDP2 would copy all gradients here; by itself it divides nothing.
+            module.set_custom_reduce_scatter(cast(Any, _OneBuffer()))
+            continue
         module.set_gradient_divide_factor(1.0)
         # Otherwise a factor is a premultiplied sum, which gloo does not have; at 1.0 a plain sum
         # is the same and needs no scaling kernel either.
         module.set_force_sum_reduction_for_comms(True)
+
+
+class _OneBuffer:
+    """What FSDP2 allocates where one rank alone reduces gradients: it sends and receives the same numbers.
+
+    FSDP2 asks for a buffer to send, then for one to receive, and copies the first into the second.
+    """
+
+    def __init__(self) -> None:
+        self._sent: Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Every second call returns what the one before it did."""
+        if self._sent is None:
+            self._sent = torch.empty(size, dtype=dtype, device=device)
+            return self._sent
+        received, self._sent = self._sent, None
+        return received
 
 
 def _resharding(count: int, mesh: Mesh, config: ParallelConfig) -> Sequence[bool | int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.students import Student, build_student, load_student, teacher_sizes
+from benchmarks.students import Student, build_student, load_student, teacher_sizes
 from parallel.world import start_world, stop_world, use_deterministic_algorithms
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from unittest import mock
 import torch
 
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.students import Kind, Size, Student, build_student, load_student, teacher_sizes
 from benchmarks.gpu.timing import Stopwatch, drain
+from benchmarks.students import Kind, Size, Student, build_student, load_student, teacher_sizes
 from parallel.world import start_world, stop_world
 from trainer.concepts.ahead import TargetsAhead
 from trainer.kernels import ops

@@ -75,6 +75,8 @@ class Measured:
     """Most tensors alive in each phase of the step: targets, forward, backward, optimizer."""
     traffic: Mapping[tuple[str, Kind], int]
     """Whole tensors of the collectives, by axis and kind."""
+    moved: int
+    """Bytes that operations read and write, one by one: without fusion, and without caches between them."""
 
 
 class Meter(TorchDispatchMode):
@@ -87,6 +89,7 @@ class Meter(TorchDispatchMode):
         self.peaks: Counter[str] = Counter()
         self.collectives: Counter[tuple[str, Kind]] = Counter()
         """By name of the process group."""
+        self.moved = 0
         self._sizes: dict[int, int] = {}
         self._muted = False
 
@@ -99,9 +102,12 @@ class Meter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.namespace in ("c10d", "_c10d_functional"):
             self._book_collective(func._schema.name.split("::")[1], args, out)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and not self._muted:
-                self._book(leaf.untyped_storage())
+        if not self._muted:
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._book(leaf.untyped_storage())
+            if not func.is_view and "empty" not in func._schema.name:
+                self.moved += _bytes_of((args, kwargs, out))
         return out
 
     @contextmanager
@@ -137,6 +143,12 @@ class Meter(TorchDispatchMode):
             tensors = [leaf for leaf in tree_leaves((args, out)) if isinstance(leaf, Tensor)]
             size = max(tensor.numel() * tensor.element_size() for tensor in tensors)
             self.collectives[_group_name(args), kinds[0]] += size
+
+
+def _bytes_of(tensors: Any) -> int:
+    return sum(
+        leaf.numel() * leaf.element_size() for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)
+    )
 
 
 def _group_name(args: tuple[Any, ...]) -> str:
@@ -200,6 +212,7 @@ def measure(plan: Plan) -> Measured:
         model.to_empty(device="cpu")
         optimizer = build_optimizer(model, config.optim)
         engine = _Phases(meter, model, optimizer, mesh, config.optim.clip_norm)
+        built = meter.moved
         _train_one_step(plan, mesh, engine, frozen)
         states = [state for entry in optimizer.state.values() for state in entry.values()]
         return Measured(
@@ -208,6 +221,7 @@ def measure(plan: Plan) -> Measured:
             gradients=engine.gradients,
             peaks=dict(meter.peaks),
             traffic=_by_axis(meter, mesh, replica, model),
+            moved=meter.moved - built,
         )
 
 

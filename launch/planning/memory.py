@@ -401,6 +401,8 @@ def _reduce_root(book: Book, s: Sizes, *, accumulated: bool) -> None:
     """The root's gradients, the largest unit, are copied into one fp32 buffer and reduced."""
     root = s.layout.root.elements(s.tp)
     shard = s.layout.shard_elements if s.layout.dp_shard > 1 else s.layout.gathered_elements
+    if s.layout.dp_size == 1:
+        shard -= root  # the buffer becomes the root's gradients
     book.note(
         "gradient reduction of the root",
         gathered_weights=whole_weights(s, 0),

@@ -13,7 +13,7 @@ import torch
 from benchmarks.bench_gpu import TARGETS, Part, all_parts, main, start_part, target_lines
 from benchmarks.gpu import ceilings
 from benchmarks.gpu.report import Report, read_report
-from benchmarks.gpu.students import load_student
+from benchmarks.students import load_student
 
 
 def _never(report: Report, device: torch.device, *, dry_run: bool) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from parallel.tensor import TensorGroup
 from parallel.world import World
 from tests.ranks import run_ranks
+from trainer.kernels import topk
 from trainer.kernels.columns import LocalColumns
 from trainer.kernels.spread_topk import join, merge_top_k, pick
 from trainer.kernels.topk import TopK, sorted_by_id, top_k
@@ -37,6 +38,26 @@ def test_equal_values_come_by_their_id(num_columns: int, k: int, num_levels: int
     """Catches torch's own choice among equal values, at the last place and before it."""
     scores = scores_with_ties(50, num_columns, num_levels)
     assert_same(top_k(scores, k), expected(scores, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_columns", [40, 2**16])
+def test_half_precision_ties_as_whole_rows_do(dtype: torch.dtype, num_columns: int) -> None:
+    """Catches an order of bits that is not the numbers': below 0, zeros of both signs, infinities."""
+    scores = torch.randn(20, num_columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores[:, ::3] = 0.0
+    scores[:, 1::3] *= -0.0
+    scores[0, :5] = torch.inf
+    scores[1] = -scores[1].abs()
+    scores[2, 7:] = -torch.inf
+    for k in (1, 7):
+        assert_same(top_k(scores, k), expected(scores, k))
+
+
+def test_ties_of_half_precision_cost_no_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the way for rare ties taken by a dtype in which most rows have one: it sorts whole rows."""
+    monkeypatch.setattr(topk, "order_ties", None)
+    top_k(scores_with_ties(5, 300, 3).bfloat16(), 7)
 
 
 @pytest.mark.gpu

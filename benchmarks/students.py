@@ -6,7 +6,8 @@ one GPU needs for none of this.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,10 @@ from launch.planning.teacher import Teacher
 from parallel.apply import apply_parallel, materialize
 from parallel.engine import FsdpEngine
 from parallel.mesh import Mesh
+from parallel.world import World, start_world, stop_world
 from trainer.concepts.extractor import TargetExtractor
 from trainer.concepts.sae import TopKSae
-from trainer.config import ModelConfig, RunConfig
+from trainer.config import ConceptsConfig, ModelConfig, RunConfig
 from trainer.config_io import load_config
 from trainer.flops import FlopsPerToken, SaeShape, flops_per_token
 from trainer.metrics.sums import ConceptUsage, StepMetrics
@@ -34,7 +36,7 @@ from trainer.objective import CoCoMixLoss, NextToken, Objective
 from trainer.optim import build_optimizer
 from trainer.step import train_step
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 Size = Literal["69m", "386m", "1b"]
 Kind = Literal["ntp", "cocomix"]
 
@@ -63,6 +65,18 @@ def load_student(size: Size, kind: Kind, *, dry_run: bool, overrides: Iterable[s
 def teacher_sizes(*, dry_run: bool) -> Teacher:
     """GPT-2 124M."""
     return _SMALL_TEACHER if dry_run else Teacher()
+
+
+@contextmanager
+def one_process(device: Literal["auto", "cpu", "cuda"] = "cpu", threads: int = 1) -> Iterator[World]:
+    """A world of one rank. By default it has one thread: threads that wait for each other cost CPU time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield start_world(device, 600.0)
+    finally:
+        stop_world()
+        torch.set_num_threads(before)
 
 
 @dataclass(slots=True)
@@ -165,6 +179,15 @@ def _objective(
     concepts = config.concepts
     if config.objective.name == "ntp" or concepts is None:
         return NextToken()
+    extractor = build_extractor(concepts, teacher, device, generator)
+    ahead_on = device if concepts.ahead else None
+    return CoCoMixLoss(extractor, config.objective, config.train.steps, ahead_on=ahead_on)
+
+
+def build_extractor(
+    concepts: ConceptsConfig, teacher: Teacher, device: torch.device, generator: torch.Generator
+) -> TargetExtractor:
+    """Teacher and autoencoder with random weights, in the precision of ``concepts``."""
     sizes = ModelConfig(
         d_model=teacher.d_model,
         n_layer=teacher.n_layer,
@@ -180,6 +203,4 @@ def _objective(
         for name, parameter in module.named_parameters():
             parameter.copy_(_random_value(name, parameter.shape, parameter.dtype, generator))
     precision = torch.bfloat16 if concepts.precision == "bf16" else torch.float32
-    extractor = TargetExtractor(frozen.to(precision), sae, concepts)
-    ahead_on = device if concepts.ahead else None
-    return CoCoMixLoss(extractor, config.objective, config.train.steps, ahead_on=ahead_on)
+    return TargetExtractor(frozen.to(precision), sae, concepts)
