@@ -2,15 +2,15 @@
 
 Streams the validation windows once and writes ``RUN/inspect/index.html``: every concept with how often it is
 used, where it is strongest in teacher and student, which tokens it promotes and how well both agree; texts
-with the concepts predicted at each token; continuations under steering; the norms of W_comp. The page needs
-no network.
+with the concepts predicted at each token; continuations under steering, which are also written beside it as
+``steering.txt`` and to TensorBoard; the norms of W_comp. The page needs no network.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from data.files import replace_text
 from data.loader import validation_batches
 from data.manifest import DataError
 from parallel.world import choose_device
+from trainer.analysis.generate import side_by_side
 from trainer.analysis.inspect_collect import (
     NO_TOKEN,
     TOKENS_BEFORE,
@@ -48,9 +49,12 @@ from trainer.analysis.windows import validation_sources, validation_windows
 from trainer.checkpoint.store import CheckpointError
 from trainer.concepts.extractor import TargetExtractor
 from trainer.kernels.reference import MASKED_TARGET
+from trainer.metrics.tensorboard import TensorBoard
 from trainer.model.cocomix import CoCoMix
 from trainer.model.documents import Documents, split_windows
 
+PAGE_NAME = "index.html"
+STEERING_NAME = "steering.txt"
 STEER_STRENGTHS = (-10.0, -5.0, 0.0, 1.0, 5.0, 10.0)
 
 _VALIDATION_TEXTS = 2
@@ -247,6 +251,22 @@ def _steering(
     return rows
 
 
+def store_steering(run: Path, step: int, steering: Sequence[Mapping[str, Any]]) -> None:
+    """Write continuations of the weights after ``step`` as a text and to TensorBoard."""
+    blocks = {
+        item["id"]: side_by_side(
+            item["prompt"], [({item["id"]: strength}, text) for strength, text in item["samples"]]
+        )
+        for item in steering
+    }
+    replace_text(run / "inspect" / STEERING_NAME, "\n\n".join(blocks.values()) + "\n")
+    # A TensorBoard run of its own: the training's own file may be open.
+    board = TensorBoard(run / "tb" / "evaluation", None)
+    for concept, text in blocks.items():
+        board.text(f"steering/{concept}", text, step)
+    board.close()
+
+
 # Command line
 
 
@@ -302,10 +322,13 @@ def _main(args: argparse.Namespace) -> None:
         end_id=subject.trained.document_end,
     )
     chart = norm_histogram(compress_norms(subject.model))
-    page = render(f"Concepts of {args.run.resolve().name}", _payload(subject, found, args), chart)
-    target = args.out or args.run / "inspect" / "index.html"
+    payload = _payload(subject, found, args)
+    target = args.out or args.run / "inspect" / PAGE_NAME
     target.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(target, page)
+    if args.out is None:
+        assert subject.trained.step is not None
+        store_steering(args.run, subject.trained.step, payload["steering"])
+    replace_text(target, render(f"Concepts of {args.run.resolve().name}", payload, chart))
     print(f"weights: {subject.trained.source}", file=sys.stderr)
     print(target)
 
