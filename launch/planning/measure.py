@@ -38,7 +38,7 @@ from launch.planning.forecast import Plan
 from launch.planning.layout import Cluster
 from launch.planning.traffic import Kind
 from parallel.apply import apply_parallel, tensor_group
-from parallel.collectives import max_over_ranks, sum_over_ranks
+from parallel.collectives import sum_over_ranks
 from parallel.engine import FsdpEngine
 from parallel.mesh import Mesh, build_mesh, replica_mesh
 from parallel.tensor import TensorGroup
@@ -290,7 +290,7 @@ def _train_one_step(plan: Plan, mesh: Mesh, engine: _Phases, frozen: tuple[GPT2,
     )
     metrics.reduce(partial(sum_over_ranks, mesh=mesh))
     if usage is not None:
-        usage.reduce(partial(max_over_ranks, mesh=mesh))
+        usage.reduce(partial(sum_over_ranks, mesh=mesh))
 
 
 def _by_axis(meter: Meter, mesh: Mesh, replica: DeviceMesh, model: nn.Module) -> dict[tuple[str, Kind], int]:

@@ -181,7 +181,7 @@ def _hold_state(book: Book, config: RunConfig, layout: Layout, teacher: Teacher 
     concepts = concepts_of(config)
     if concepts is None:
         return
-    book.hold(metrics=2 * (concepts.num_concepts + 1))
+    book.hold(metrics=2 * INT64 * (concepts.num_concepts + 1))
     if teacher is not None:
         element = 2 if concepts.precision == "bf16" else FP32
         ranks = layout.replica if config.parallel.shard_teacher else 1

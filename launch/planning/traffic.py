@@ -229,7 +229,7 @@ def _metrics(config: RunConfig, layout: Layout) -> Iterator[Transfer]:
     size = FP64 * METRIC_SLOTS[config.objective.name]
     concepts = concepts_of(config)
     if concepts is not None:
-        size += 2 * (concepts.num_concepts + 1)
+        size += 2 * INT64 * (concepts.num_concepts + 1)
     yield Transfer("metrics", "dp", "all-reduce", size, exposed=True)
     if config.data.mask_documents or config.data.on_damage == "skip":
         yield Transfer("tokens that have a label", "dp", "all-reduce", INT64, exposed=True)

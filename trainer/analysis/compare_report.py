@@ -102,7 +102,7 @@ def _over_seeds(settings: Sequence[Setting]) -> list[str]:
         markdown_table(losses),
         f"Difference to {baseline}; below 0 is better",
         markdown_table(differences),
-        f"Spent until the mean final loss of {baseline}, relative to {baseline}",
+        f"Spent until the final loss that every seed of {baseline} reached, relative to {baseline}",
         markdown_table(costs),
     ]
 

@@ -33,6 +33,7 @@ from trainer.analysis.inspect_collect import (
     collect,
     kept_concepts,
     promoted_tokens,
+    spread,
 )
 from trainer.analysis.inspect_page import (
     SMALL_NORM,
@@ -85,8 +86,6 @@ def open_subject(args: argparse.Namespace) -> Subject:
     trained = open_trained(args.run, args.tokenizer)
     if not isinstance(trained.model, CoCoMix):
         raise ValueError(f"{args.run}: its model predicts no concepts, so there is nothing to inspect")
-    if trained.model.mixing.every > 1:
-        raise ValueError(f"{args.run}: concepts.every={trained.model.mixing.every} must be 1 to be inspected")
     device = choose_device(args.device)
     model = trained.model.to(device)
     extractor = None
@@ -122,6 +121,7 @@ def _payload(subject: Subject, found: ConceptStatistics, args: argparse.Namespac
     return {
         "source": subject.trained.source,
         "tokens": found.num_tokens,
+        "every": subject.model.mixing.every,
         "num_concepts": subject.model.mixer.num_concepts,
         "teacher": found.teacher is not None,
         "agreement": int(found.recalled.sum()) / targeted if targeted else None,
@@ -159,14 +159,14 @@ def _concepts(
             "id": concept,
             "norm": round(float(norms[concept]), 5),
             "student": {
-                "density": int(found.student.active[concept]) / found.num_tokens,
+                "density": int(found.student.active[concept]) / found.num_places,
                 "contexts": contexts_json(student, pieces, from_zero=False),
                 **_promotion(lens, row, pieces),
             },
         }
         if found.teacher is not None and teacher_lens is not None:
             body["teacher"] = {
-                "density": int(found.teacher.active[concept]) / found.num_tokens,
+                "density": int(found.teacher.active[concept]) / found.num_places,
                 "contexts": contexts_json(found.teacher.contexts(concept), pieces, from_zero=True),
                 **_promotion(teacher_lens, row, pieces),
             }
@@ -197,21 +197,29 @@ def _texts(subject: Subject, pieces: Pieces, args: argparse.Namespace) -> list[d
 
 
 def _text(subject: Subject, label: str, tokens: Sequence[int], pieces: Pieces) -> dict[str, Any]:
-    """Concepts at each token: those predicted, and the teacher's targets where there is a next token."""
+    """Concepts at each token: those predicted, and the teacher's targets where there is a next token.
+
+    Tokens between those that have a concept get empty lists.
+    """
     input_ids = torch.tensor([tokens], device=subject.device)
     end_id = subject.trained.document_end
     documents = None if end_id is None else Documents.ended_by(input_ids, end_id)
     kept = kept_concepts(subject.model, input_ids, documents)
     values, ids = (part[0, :, :_SHOWN_PER_TOKEN].cpu() for part in kept)
+    there = values[:, 0].isfinite().tolist()
     body: dict[str, Any] = {
         "label": label,
         "pieces": pieces.of_tokens(tokens),
-        "ids": ids.tolist(),
-        "logits": [[round(value, 2) for value in row] for row in values.tolist()],
+        "ids": [row if has else [] for row, has in zip(ids.tolist(), there, strict=True)],
+        "logits": [
+            [round(value, 2) for value in row] if has else []
+            for row, has in zip(values.tolist(), there, strict=True)
+        ],
     }
     if subject.extractor is not None and len(tokens) > 1:
-        targets = subject.extractor(*split_windows(input_ids, end_id))[0].tolist()
-        body["targets"] = [[target for target in row if target != MASKED_TARGET] for row in targets]
+        targets = subject.extractor(*split_windows(input_ids, end_id))
+        rows = spread(targets, len(tokens) - 1, subject.model.mixing.every, MASKED_TARGET)[0].tolist()
+        body["targets"] = [[target for target in row if target != MASKED_TARGET] for row in rows]
     return body
 
 
