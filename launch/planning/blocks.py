@@ -16,6 +16,11 @@ from trainer.config import ConceptsConfig, Insertion, ModelConfig, PauseConfig
 from trainer.model.padding import padded
 
 FP32 = 4
+INT64 = 8
+CHUNK_ELEMENTS = 2**28
+"""Elements of one chunk of logits on a GPU, as ``trainer.kernels.chunks`` cuts them."""
+BLOCK_ELEMENTS = 2**25
+"""Elements of a chunk's rows that are compared with the targets' logits at a time, there too."""
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -106,6 +111,11 @@ class Sizes:
 def interleaves(insertion: Insertion | None) -> bool:
     """Whether vectors get positions of their own."""
     return isinstance(insertion, PauseConfig) or (insertion is not None and insertion.mix == "interleave")
+
+
+def chunk_rows(tokens: int, columns: int) -> int:
+    """Rows of the first chunk of logits, the largest one."""
+    return min(tokens, max(1, CHUNK_ELEMENTS // columns))
 
 
 # Activations

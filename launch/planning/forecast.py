@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from launch.planning.blocks import interleaves
+from launch.planning.blocks import FP32, interleaves
+from launch.planning.book import Moment
 from launch.planning.layout import Cluster, Layout, lay_out
-from launch.planning.memory import FP32, Moment, plan_memory
+from launch.planning.memory import plan_memory
 from launch.planning.teacher import Teacher, teacher_of
 from launch.planning.traffic import Transfer, gathered_again, plan_traffic, sent
 from trainer.config import ConceptsConfig, RunConfig

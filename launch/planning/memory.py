@@ -10,14 +10,13 @@ K kept concepts, t tensor-parallel ranks, e bytes of an activation.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-
 from launch.planning.blocks import (
+    BLOCK_ELEMENTS,
     FP32,
+    INT64,
     Sizes,
     attention_kept,
+    chunk_rows,
     copied_shard,
     gather_buffer,
     gathered_ahead,
@@ -29,83 +28,13 @@ from launch.planning.blocks import (
     mlp_recomputed,
     whole_weights,
 )
+from launch.planning.book import Book, Moment
 from launch.planning.layout import Layout
+from launch.planning.targets import distribution, extraction, latents_held
 from launch.planning.teacher import Teacher
-from parallel.config import ParallelConfig
-from trainer.config import ConceptsConfig, RunConfig
-from trainer.model.padding import padded
+from trainer.config import RunConfig
 
-INT64 = 8
-CHUNK_ELEMENTS = 2**28
-"""Elements of one chunk of logits on a GPU, as ``trainer.kernels.chunks`` cuts them."""
-BLOCK_ELEMENTS = 2**25
-"""Elements of a chunk's rows that are compared with the targets' logits at a time, there too."""
-SAE_CHUNK_ROWS = 1024
-"""Tokens that the autoencoder encodes at a time."""
 COPIES_OF_ADAM = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """What is alive at one moment of a step."""
-
-    name: str
-    parts: Mapping[str, int]
-    """Bytes of tensors by what they are."""
-    workspace: int = 0
-    """Bytes that a GPU's kernels allocate inside one operation, and of work on another stream; no tensor
-    of this moment shows them."""
-    offloaded: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of tensors in the host's memory, one rank's."""
-
-    @property
-    def tensors(self) -> int:
-        """Bytes of all tensors of the GPU."""
-        return sum(self.parts.values())
-
-    @property
-    def total(self) -> int:
-        """Bytes of tensors and workspace."""
-        return self.tensors + self.workspace
-
-
-class Book:
-    """Bytes alive by part, and the moments noted so far.
-
-    Args:
-        offloaded: parts that lie in the host's memory.
-    """
-
-    def __init__(self, offloaded: Iterable[str] = ()) -> None:
-        self.moments: list[Moment] = []
-        self._offloaded = frozenset(offloaded)
-        self._held: Counter[str] = Counter()
-        self._beside = 0
-
-    def hold(self, **parts: int) -> None:
-        """Tensors that live on; underscores in a name stand for spaces."""
-        self._held.update({name.replace("_", " "): size for name, size in parts.items()})
-
-    def drop(self, *names: str) -> None:
-        """Tensors that end."""
-        for name in names:
-            del self._held[name.replace("_", " ")]
-
-    def run_beside(self) -> None:
-        """What the moments so far needed beyond what lives on may now be alive at any other moment."""
-        lasting = sum(size for name, size in self._held.items() if name not in self._offloaded)
-        self._beside = max(moment.total for moment in self.moments) - lasting
-
-    def note(self, moment: str, workspace: int = 0, **temporaries: int) -> None:
-        """A moment at which ``temporaries`` are alive too."""
-        parts = self._held + Counter({name.replace("_", " "): size for name, size in temporaries.items()})
-        host = {name: parts.pop(name) for name in self._offloaded & parts.keys()}
-        self.moments.append(Moment(moment, dict(parts), workspace + self._beside, host))
-
-
-def chunk_rows(tokens: int, columns: int) -> int:
-    """Rows of the first chunk of logits, the largest one."""
-    return min(tokens, max(1, CHUNK_ELEMENTS // columns))
 
 
 def mixer_kept(s: Sizes) -> int:
@@ -159,10 +88,10 @@ def _microbatch(
     if accumulated:
         book.hold(accumulated_gradients=FP32 * layout.gathered_elements)
     if teacher is not None and config.kd is not None and config.objective.name == "kd":
-        _distribution(book, config, layout, teacher, rows)
+        distribution(book, config, layout, teacher, rows)
     elif teacher is not None:
         assert config.concepts is not None
-        _extraction(book, config, layout, teacher, rows)
+        extraction(book, config, layout, teacher, rows)
         if config.concepts.ahead:
             book.run_beside()
     _forward(book, s, teacher)
@@ -192,75 +121,6 @@ def _hold_state(book: Book, config: RunConfig, layout: Layout, teacher: Teacher 
     if teacher is not None:
         rows = latents_held(concepts, config.parallel)
         book.hold(SAE=FP32 * (2 * rows * teacher.d_model + rows + teacher.d_model))
-
-
-def latents_held(concepts: ConceptsConfig, parallel: ParallelConfig) -> int:
-    """Rows of the autoencoder's dictionary on one rank."""
-    return -(-concepts.num_concepts // parallel.tp) if parallel.shard_sae else concepts.num_concepts
-
-
-def _extraction(book: Book, config: RunConfig, layout: Layout, teacher: Teacher, rows: int) -> None:
-    """The teacher's pass: blocks above the residual keep what a gradient of activations needs."""
-    assert config.concepts is not None
-    concepts, parallel = config.concepts, config.parallel
-    tokens = -(-rows // layout.tp) * config.data.seq_len
-    stream = teacher.element * tokens * teacher.d_model
-    masks = config.data.seq_len * tokens * teacher.element if config.data.mask_documents else 0
-    gathered = teacher.element * _teacher_gathered(teacher, layout) if parallel.shard_teacher else 0
-    if parallel.shard_teacher and layout.replica > 1:
-        root, ranks = teacher.root, layout.replica
-        arriving = root.elements(1) + ranks * root.shard_elements(1, ranks)
-        book.note("targets: the teacher's root", teacher_gathered=teacher.element * arriving)
-    book.note(
-        "targets: the teacher's blocks",
-        extraction=_blocks_at_work(teacher, tokens),
-        document_masks=masks,
-        teacher_gathered=gathered,
-    )
-    if config.differentiates_teacher:
-        # Norm input twice, queries, keys, values and their mixture, the inner width before gelu.
-        kept = (teacher.n_layer - 1 - concepts.sae_layer) * (10 * stream + FP32 * tokens * teacher.n_head)
-        columns = padded(teacher.vocab_size)
-        book.note(
-            "targets: the teacher's head",
-            extraction=kept + 4 * stream,
-            document_masks=masks,
-            extraction_logits=teacher.element * chunk_rows(tokens, columns) * columns,
-            teacher_gathered=gathered,
-        )
-    read = 2 if config.differentiates_teacher else 1
-    streams = read * stream
-    if parallel.shard_sae:  # what was read of this rank's rows is gone when that of all rows is here
-        tokens = rows * config.data.seq_len
-        streams = read * teacher.element * tokens * teacher.d_model // concepts.every
-    tokens //= concepts.every
-    latents, chunk = latents_held(concepts, parallel), min(SAE_CHUNK_ROWS, tokens)
-    # The encoder as three bf16 matrices; a chunk's rows as three and as the two that they are made of.
-    split = 2 * (3 * latents + 5 * chunk) * teacher.d_model if teacher.element < FP32 else 0
-    book.note(
-        "targets: the autoencoder",
-        extraction=streams + 3 * FP32 * tokens * teacher.d_model + (FP32 + INT64) * tokens * concepts.top_k,
-        extraction_encoder=split,
-        extraction_logits=FP32 * chunk * latents,
-    )
-
-
-def _distribution(book: Book, config: RunConfig, layout: Layout, teacher: Teacher, rows: int) -> None:
-    """The forward of a teacher whose final hidden states wait for the student's head."""
-    tokens = -(-rows // layout.tp) * config.data.seq_len
-    book.note("targets: the teacher's blocks", extraction=_blocks_at_work(teacher, tokens))
-    book.hold(teacher_states=teacher.element * rows * config.data.seq_len * teacher.d_model)
-
-
-def _blocks_at_work(teacher: Teacher, tokens: int) -> int:
-    """Peak of a block's forward without gradients: its input, the stream, the norm's output, gelu's two."""
-    return (3 + 2 * 4) * teacher.element * tokens * teacher.d_model
-
-
-def _teacher_gathered(teacher: Teacher, layout: Layout) -> int:
-    """A split teacher's root, and the buffer in which its last block arrived."""
-    ranks = layout.replica
-    return 0 if ranks == 1 else teacher.root.elements(1) + ranks * teacher.block.shard_elements(1, ranks)
 
 
 def _forward(book: Book, s: Sizes, teacher: Teacher | None) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from launch.planning.advice import advise, largest_microbatch
+from launch.planning.book import Moment
 from launch.planning.forecast import GIB, Plan
-from launch.planning.memory import Moment
 from launch.planning.traffic import sent
 
 _SHOWN = GIB // 200

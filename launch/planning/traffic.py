@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.planning.blocks import interleaves
+from launch.planning.blocks import FP32, INT64, interleaves
 from launch.planning.layout import Layout, Unit
-from launch.planning.memory import FP32, INT64
 from launch.planning.teacher import Teacher
 from trainer.config import ConceptsConfig, Insertion, ModelConfig, RunConfig
 

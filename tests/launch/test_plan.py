@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from launch import plan as command
-from launch.planning import layout, memory, traffic
+from launch.planning import layout, memory, targets, traffic
 from launch.planning.advice import advise, largest_microbatch
 from launch.planning.check import Comparison, compare
 from launch.planning.forecast import Assumptions, Plan, make_plan
@@ -312,8 +312,8 @@ PLANTED: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
     "peak: backward: gathered": (memory, "kept_in_backward", partial(_scaled, 0.5)),
     "optimizer: one moment": (memory, "COPIES_OF_ADAM", lambda _: 1),
     "parameters: a bias": (layout, "block_parameters", lambda whole: lambda width: whole(width)[1:]),
-    "peak: targets: gathered": (memory, "_teacher_gathered", lambda _: lambda *args: 0),
-    "peak: targets: whole dictionary": (memory, "latents_held", partial(_scaled, 2)),
+    "peak: targets: gathered": (targets, "_teacher_gathered", lambda _: lambda *args: 0),
+    "peak: targets: whole dictionary": (targets, "latents_held", partial(_scaled, 2)),
     "tp all-gather: one more": (traffic, "_sublayers", _plus_one),
     "dp_shard reduce-scatter: bf16": (traffic, "FP32", lambda _: 2),
     "replica all-gather: shards": (traffic, "_teacher_weights", _without_the_last),
