@@ -313,12 +313,12 @@ def ask(url: str, body: dict[str, Any] | None = None) -> Any:
         return json.load(answer)
 
 
-def await_tags(address: str, plugin: str) -> Any:
-    """The server reads its files in the background."""
+def await_tags(address: str, plugin: str, run: str = ".") -> Any:
+    """Tags of a run; the server reads its files in the background."""
     deadline = time.monotonic() + 20
-    while not (tags := ask(f"{address}data/plugin/{plugin}/tags")) and time.monotonic() < deadline:
+    while run not in (tags := ask(f"{address}data/plugin/{plugin}/tags")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return tags["."]
+    return tags[run]
 
 
 def ask_bins(address: str, tag: str) -> list[tuple[float, float, float]]:
