@@ -36,7 +36,7 @@ from trainer.model.formats import load_model
 DEFAULT_OUT = Path("runs/demo")
 VOCAB_SIZE = 4096
 VAL_FRACTION = 0.02
-TEXT = "import os"
+TEXT = "with open(path) as file: return json.load(file)"
 """Whose concepts the page shows token by token."""
 
 
@@ -126,7 +126,7 @@ def _evaluation(student: Stage) -> Stage:
     assert student.config is not None
     run = Path(student.config.run.dir)
     name = validation_path(run, student.config.train.steps)
-    title = f"{student.name} on all validation windows"
+    title = f"{student.name} on its validation windows"
     command = ("-m", "trainer.analysis.evaluate", str(run))
     return Stage(f"evaluation of {student.name}", title, command, name, (student.product,), quiet=True)
 
@@ -189,7 +189,7 @@ def _samples(stage: Stage) -> str:
 def _evaluated(stage: Stage, name: str) -> str:
     """The tables of one student, without the losses by position."""
     tables = stage.product.with_suffix(".md").read_text(encoding="utf-8").split("\n\n")
-    return f"{name} on all validation windows:\n" + "\n\n".join(tables[:-1])
+    return f"{name} on validation windows:\n" + "\n\n".join(tables[:-1])
 
 
 def _steered(path: Path) -> str:
