@@ -182,9 +182,9 @@ class _MeteredExtractor(TargetExtractor):
 class _MeteredDistribution(DistributionExtractor):
     meter: Meter
 
-    def __call__(self, input_ids: Tensor) -> TeacherHead:
+    def __call__(self, input_ids: Tensor, documents: Documents | None = None) -> TeacherHead:
         self.meter.phase = "targets"
-        head = super().__call__(input_ids)
+        head = super().__call__(input_ids, documents)
         self.meter.phase = "forward"
         return head
 

@@ -210,6 +210,24 @@ VARIANTS = {
         8,
         (*SHALLOW, "--concepts.every=2", "--train.batch_size=64", "--parallel.recompute=full"),
     ),
+    "documents, distillation": (
+        "1b_ntp",
+        8,
+        (*SHALLOW, "--objective.name=kd", "--train.batch_size=64", "--data.mask_documents=true"),
+    ),
+    "documents, pauses": (
+        "1b",
+        8,
+        (
+            *(*SHALLOW, "--objective.name=pause", "--pause.every=4", "--train.batch_size=64"),
+            *("--data.mask_documents=true", "--parallel.tp=2"),
+        ),
+    ),
+    "documents, added": (
+        "1b",
+        8,
+        (*SHALLOW, "--concepts.mix=add", "--train.batch_size=64", "--data.mask_documents=true"),
+    ),
     "untied head": ("69m_ntp", 8, ("--model.tied_head=false", "--train.batch_size=64")),
 }
 
