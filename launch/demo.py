@@ -2,7 +2,8 @@
 
 Every stage is a command that a user could type, run as a process of its own and shown before it
 starts: tokens, teacher, sparse autoencoder, a CoCoMix student, a next-token student of as many
-parameters on the same tokens, and their comparison. Arguments of the form ``--section.key=value`` go
+parameters on the same tokens, their comparison and evaluation, and a page about the concepts with samples
+of steering. Arguments of the form ``--section.key=value`` go
 to every stage that trains.
 
 A stage that is finished is skipped, one that was interrupted goes on. Ctrl-C or SIGTERM stops the
@@ -26,6 +27,8 @@ from data.manifest import MANIFEST_NAME
 from data.source import open_tokenizer
 from launch.stages import Runner, Spent, Stage, StageError, run_stages, training_stage
 from trainer.analysis.curves import read_curve
+from trainer.analysis.evaluate import validation_path
+from trainer.analysis.inspect import PAGE_NAME, STEERING_NAME
 from trainer.analysis.sampling import Sampling, continue_tokens
 from trainer.metrics.json_lines import read_json_lines
 from trainer.model.formats import load_model
@@ -33,6 +36,8 @@ from trainer.model.formats import load_model
 DEFAULT_OUT = Path("runs/demo")
 VOCAB_SIZE = 4096
 VAL_FRACTION = 0.02
+TEXT = "with open(path) as file: return json.load(file)"
+"""Whose concepts the page shows token by token."""
 
 
 # What is run
@@ -66,7 +71,9 @@ def plan(out: Path, processes: int, extra: Sequence[str] = ()) -> list[Stage]:
         inputs=(tokens,),
         ranks=processes,
     )
-    return [tokens, teacher, sae, cocomix, ntp, _comparison(out, ntp, cocomix)]
+    evaluations = [_evaluation(student) for student in (cocomix, ntp)]
+    page = _page(cocomix, (teacher, sae))
+    return [tokens, teacher, sae, cocomix, ntp, _comparison(out, ntp, cocomix), *evaluations, page]
 
 
 def foundation(out: Path, extra: Sequence[str] = ()) -> tuple[Stage, Stage, Stage]:
@@ -115,6 +122,24 @@ def _comparison(out: Path, baseline: Stage, student: Stage) -> Stage:
     return Stage("comparison", title, command, folder / "comparison.md", inputs, quiet=True)
 
 
+def _evaluation(student: Stage) -> Stage:
+    assert student.config is not None
+    run = Path(student.config.run.dir)
+    name = validation_path(run, student.config.train.steps)
+    title = f"{student.name} on its validation windows"
+    command = ("-m", "trainer.analysis.evaluate", str(run))
+    return Stage(f"evaluation of {student.name}", title, command, name, (student.product,), quiet=True)
+
+
+def _page(student: Stage, base: Sequence[Stage]) -> Stage:
+    assert student.config is not None
+    run = Path(student.config.run.dir)
+    command = ("-m", "trainer.analysis.inspect", str(run), "--text", TEXT)
+    inputs = tuple(stage.product for stage in (student, *base))
+    title = "a page about the concepts, with samples of steering"
+    return Stage("concepts", title, command, run / "inspect" / PAGE_NAME, inputs, quiet=True)
+
+
 # What is shown at the end
 
 
@@ -128,9 +153,11 @@ def summary(out: Path, stages: Sequence[Stage], spent: dict[str, Spent]) -> str:
         f"teacher: validation loss {teacher.loss:.4f} after {teacher.tokens / 1e6:.2f}M tokens\n"
         f"autoencoder: normalised MSE {report['normalized_mse']:.4f}, dead latents "
         f"{report['dead_fraction']:.1%}, loss recovered {report['loss_recovered']:.1%}",
+        *(_evaluated(by_name[f"evaluation of {name}"], name) for name in ("cocomix", "ntp")),
         *(_samples(by_name[name]) for name in ("cocomix", "ntp")),
+        _steered(by_name["concepts"].product.with_name(STEERING_NAME)),
         _times(spent),
-        f"loss curves:  {out / 'comparison' / 'curves.png'}\ntensorboard:  tensorboard --logdir {out}",
+        _places(out, by_name),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -159,11 +186,35 @@ def _samples(stage: Stage) -> str:
     return f"text sampled from {stage.name}:\n" + "\n".join(f"  > {text}" for text in texts)
 
 
+def _evaluated(stage: Stage, name: str) -> str:
+    """The tables of one student, without the losses by position."""
+    tables = stage.product.with_suffix(".md").read_text(encoding="utf-8").split("\n\n")
+    return f"{name} on validation windows:\n" + "\n\n".join(tables[:-1])
+
+
+def _steered(path: Path) -> str:
+    """Continuations under steering, as the page shows them."""
+    text = path.read_text(encoding="utf-8").rstrip()
+    return f"steered in one concept, whose logit is multiplied (1 leaves it as it is):\n{text}"
+
+
+def _places(out: Path, by_name: dict[str, Stage]) -> str:
+    places = {
+        "concepts": by_name["concepts"].product,
+        "comparison": by_name["comparison"].product,
+        "loss curves": out / "comparison" / "curves.png",
+        "evaluation": out / "*" / "evaluation",
+        "tensorboard": f"tensorboard --logdir {out}",
+    }
+    return "\n".join(f"{name + ':':<13} {place}" for name, place in places.items())
+
+
 def _times(spent: dict[str, Spent]) -> str:
     if not spent:
         return ""
-    lines = [f"  {name:<11} {took}" for name, took in spent.items()]
-    return "\n".join(["time:", *lines, f"  {'total':<11} {sum(spent.values(), Spent(0.0, 0.0))}"])
+    width = max(map(len, spent))
+    lines = [f"  {name:<{width}} {took}" for name, took in spent.items()]
+    return "\n".join(["time:", *lines, f"  {'total':<{width}} {sum(spent.values(), Spent(0.0, 0.0))}"])
 
 
 def run_demo(args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from data.progress import format_duration
 from launch.processes import adopt_orphans, kill_descendants, signal_at_parent_death
@@ -55,6 +56,8 @@ class Stage:
     ranks: int = 1
     quiet: bool = False
     """What it prints is not shown."""
+    kind: str = ""
+    """Stages of one kind take about as long as each other; where it is empty nothing is estimated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ def training_stage(
     inputs: Sequence[Stage],
     module: str = "trainer.main",
     ranks: int = 1,
+    kind: str = "",
 ) -> Stage:
     """A run of ``configs/<config_name>.yaml`` in ``run_dir``, named after it.
 
@@ -101,6 +105,7 @@ def training_stage(
         inputs: stages whose products it reads.
         module: program to run.
         ranks: processes.
+        kind: see :class:`Stage`.
 
     Raises:
         ConfigError: an override does not fit.
@@ -108,17 +113,29 @@ def training_stage(
     path = CONFIGS / f"{config_name}.yaml"
     overrides = [*overrides, f"--run.dir={run_dir}"]
     config = load_config(RunConfig, path, overrides)
-    needed = [text for text in overrides if load_config(RunConfig, path, _without(overrides, text)) != config]
+    needed = _needed(overrides, to_dict(load_config(RunConfig, path)))
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
     command = (*(torchrun if ranks > 1 else ()), "-m", module, "--config", _shown(path), *needed)
     published = published_path(config)
     product = published.with_name(REPORT_NAME) if config.objective.name == "sae" else published
     products = tuple(stage.product for stage in inputs)
-    return Stage(run_dir.name, title, command, product, products, config, ranks)
+    return Stage(run_dir.name, title, command, product, products, config, ranks, kind=kind)
 
 
-def _without(overrides: Sequence[str], text: str) -> list[str]:
-    return [other for other in overrides if other != text]
+def _needed(overrides: Sequence[str], said: dict[str, Any]) -> list[str]:
+    """Overrides whose key the file gives another value, or that follow one of the same key."""
+    keys = [text.partition("=")[0].removeprefix("--") for text in overrides]
+    return [
+        text
+        for text, key in zip(overrides, keys, strict=True)
+        if keys.count(key) > 1 or text.partition("=")[2] != str(_value(said, key))
+    ]
+
+
+def _value(config: dict[str, Any], key: str) -> object:
+    """What stands at a dotted key; None where its section is absent."""
+    section, _, name = key.partition(".")
+    return (config.get(section) or {}).get(name)
 
 
 def _shown(path: Path) -> str:
@@ -253,7 +270,9 @@ def run_stages(stages: Sequence[Stage], runner: Runner, *, debug: bool = False) 
             print(f"{label} finished before, {stage.product}", flush=True)
             continue
         command = (*stage.command, *(["--debug"] if debug else []))
-        print(f"\n{label} {stage.title}\n$ python {shlex.join(command)}", flush=True)
+        left_s = estimate_s(stages[number - 1 :], stages, spent)
+        left = "" if left_s is None else f" (about {format_duration(left_s)} left)"
+        print(f"\n{label} {stage.title}{left}\n$ python {shlex.join(command)}", flush=True)
         start = Spent.now()
         code = runner.run(command, _environment(stage.ranks), quiet=stage.quiet)
         spent[stage.name] = Spent.now() - start
@@ -263,3 +282,21 @@ def run_stages(stages: Sequence[Stage], runner: Runner, *, debug: bool = False) 
             raise StageError(f"stage {stage.name} failed with exit code {code}, see its output above")
         print(f"{label} done in {spent[stage.name]}", flush=True)
     return spent
+
+
+def estimate_s(left: Sequence[Stage], stages: Sequence[Stage], spent: dict[str, Spent]) -> float | None:
+    """Seconds that ``left`` will take, by what stages of the same kind took, or of any kind.
+
+    Returns:
+        ``None`` where nothing can be said: no stage with a kind has run, or none with one is left.
+    """
+    took: dict[str, list[float]] = {}
+    for stage in stages:
+        if stage.kind and stage.name in spent:
+            took.setdefault(stage.kind, []).append(spent[stage.name].wall)
+    kinds = [stage.kind for stage in left if stage.kind]
+    if not took or not kinds:
+        return None
+    means = {kind: sum(walls) / len(walls) for kind, walls in took.items()}
+    of_any_kind = sum(means.values()) / len(means)
+    return sum(means.get(kind, of_any_kind) for kind in kinds)

@@ -1,8 +1,9 @@
 """``python -m launch.sweep configs/sweeps/demo.yaml [--out runs/sweep]``: settings x seeds, compared.
 
 Trains every setting with every seed on the demo's tokens, teacher and autoencoder, one run after the
-other, and writes ``comparison/`` with means and confidence intervals over the seeds. Finished runs are
-skipped, an interrupted one goes on. Arguments ``--section.key=value`` go to every student.
+other, and ends with tables of means and confidence intervals over the seeds, also in ``comparison/``.
+Finished runs are skipped, an interrupted one goes on. Before each run it is said how long the rest takes.
+Arguments ``--section.key=value`` go to every student.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from data.cli import EXIT_INTERRUPTED, run_cli
 from launch.demo import DEFAULT_OUT as DEMO_OUT
 from launch.demo import foundation, placed
-from launch.stages import Runner, Stage, StageError, run_stages, training_stage
+from launch.stages import CONFIGS, Runner, Stage, StageError, run_stages, training_stage
+from trainer.config import RunConfig
 from trainer.config_io import load_config
 
 DEFAULT_OUT = Path("runs/sweep")
@@ -46,6 +48,8 @@ class SweepConfig:
     """Of weights and of the order of the data; three or more say something about chance."""
     settings: tuple[SettingConfig, ...]
     """The first one is the baseline."""
+    overrides: tuple[str, ...] = ()
+    """Of every setting, before its own."""
 
     def __post_init__(self) -> None:
         names = [setting.name for setting in self.settings]
@@ -70,7 +74,7 @@ def plan(sweep: SweepConfig, base: Path, out: Path, processes: int, extra: Seque
     """
     made = foundation(base)
     students = [
-        _student(setting, seed, base, out, made, processes, extra)
+        _student(setting, seed, base, out, made, processes, (*sweep.overrides, *setting.overrides, *extra))
         for seed in sweep.seeds  # a whole matrix of one seed first: an early look is a fair one
         for setting in sweep.settings
     ]
@@ -84,33 +88,24 @@ def _student(
     out: Path,
     made: Sequence[Stage],
     processes: int,
-    extra: Sequence[str],
+    overrides: Sequence[str],
 ) -> Stage:
-    own = [*setting.overrides, *extra, f"--run.seed={seed}", f"--data.seed={seed}"]
-    stage = training_stage(
-        out / f"{setting.name}_seed{seed}",
-        setting.config,
-        f"{setting.name} with seed {seed}",
-        overrides=[*own, f"--data.dir={base / 'data'}"],
-        inputs=made,
-        ranks=processes,
-    )
-    assert stage.config is not None
-    if stage.config.concepts is None and stage.config.kd is None:
-        return stage
-    paths = placed(base) if stage.config.kd is None else (f"--data.dir={base / 'data'}", _kd_teacher(base))
+    own = [*overrides, f"--run.seed={seed}", f"--data.seed={seed}"]
+    config = load_config(RunConfig, CONFIGS / f"{setting.config}.yaml", own)
+    places = [f"--data.dir={base / 'data'}"]
+    if config.concepts is not None:
+        places = [*placed(base)]
+    if config.kd is not None:
+        places.append(f"--kd.teacher={base / 'teacher' / 'model'}")
     return training_stage(
         out / f"{setting.name}_seed{seed}",
         setting.config,
-        stage.title,
-        overrides=[*own, *paths],
+        f"{setting.name} with seed {seed}",
+        overrides=[*own, *places],
         inputs=made,
         ranks=processes,
+        kind=setting.name,
     )
-
-
-def _kd_teacher(base: Path) -> str:
-    return f"--kd.teacher={base / 'teacher' / 'model'}"
 
 
 def _comparison(out: Path, sweep: SweepConfig, students: Sequence[Stage]) -> Stage:
@@ -123,6 +118,7 @@ def _comparison(out: Path, sweep: SweepConfig, students: Sequence[Stage]) -> Sta
         (*command, "--out", str(out / "comparison")),
         out / "comparison" / "comparison.md",
         tuple(stage.product for stage in students),
+        quiet=True,
     )
 
 
@@ -140,7 +136,9 @@ def run_sweep(args: argparse.Namespace) -> int:
                 "\nstopped; what is finished stays, and the same command goes on from here", file=sys.stderr
             )
             return EXIT_INTERRUPTED
-    print(f"\nwritten: {args.out / 'comparison'}")
+    folder = args.out / "comparison"
+    table = folder / ("seeds.md" if len(sweep.seeds) > 1 else "comparison.md")
+    print(f"\n{table.read_text(encoding='utf-8')}\nwritten: {folder}")
     return 0
 
 

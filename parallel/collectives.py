@@ -28,11 +28,6 @@ def sum_over_ranks(tensor: Tensor, mesh: Mesh) -> Tensor:
     return _reduce(tensor, mesh, dist.ReduceOp.SUM)
 
 
-def max_over_ranks(tensor: Tensor, mesh: Mesh) -> Tensor:
-    """Return the elementwise maximum over the data-parallel ranks; see :func:`sum_over_ranks`."""
-    return _reduce(tensor, mesh, dist.ReduceOp.MAX)
-
-
 def min_over_ranks(tensor: Tensor, mesh: Mesh) -> Tensor:
     """Return the elementwise minimum over the data-parallel ranks; see :func:`sum_over_ranks`."""
     return _reduce(tensor, mesh, dist.ReduceOp.MIN)

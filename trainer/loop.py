@@ -18,7 +18,7 @@ from data.config import DataConfig
 from data.loader import validation_batches
 from data.source import open_tokenizer
 from data.tokenizer import Tokenizer
-from parallel.collectives import Agreement, max_over_ranks, sum_over_ranks
+from parallel.collectives import Agreement, sum_over_ranks
 from parallel.compile import uncompiled
 from trainer.analysis.sampling import Sampling, continue_tokens
 from trainer.analysis.task_report import store_tasks
@@ -34,7 +34,7 @@ from trainer.feed import Feed
 from trainer.health import HealthMonitor, Skipped, Spike
 from trainer.heartbeat import Heartbeat
 from trainer.metrics.logger import MetricsLogger
-from trainer.metrics.sums import ConceptUsage, StepMetrics
+from trainer.metrics.sums import ConceptUsage, StepMetrics, UsageReport
 from trainer.optim import learning_rate
 from trainer.step import train_step, validate
 from trainer.stop import StopRequest
@@ -159,18 +159,19 @@ class Loop:
         if logged or self.health.watches_losses:
             means = self.metrics.reduce(partial(sum_over_ranks, mesh=parts.mesh))
         if logged:
-            values = {**means, **self.concept_shares(), "grad_norm": grad_norm}
+            shares, histograms = self.concept_usage()
+            values = {**means, **shares, "grad_norm": grad_norm}
             host = {"lr": lr, "data_wait_s": data_wait_s, **parts.objective.settings(step - 1)}
             host |= self.source_use()
-            self.log.submit(step, step * config.tokens_per_step, values, host)
+            self.log.submit(step, step * config.tokens_per_step, values, host, histograms)
         loss = means[parts.objective.means[0].name] if self.health.watches_losses else None
         return self.health.submit(step, grad_norm, loss)
 
-    def concept_shares(self) -> dict[str, Tensor]:
-        """Shares of the dictionary in use since the last record, over all ranks, still on the device."""
+    def concept_usage(self) -> UsageReport:
+        """Concepts in use since the last record, over all ranks, still on the device."""
         if self.usage is None:
-            return {}
-        return self.usage.reduce(partial(max_over_ranks, mesh=self.parts.mesh))
+            return UsageReport({}, {})
+        return self.usage.reduce(partial(sum_over_ranks, mesh=self.parts.mesh))
 
     def source_use(self) -> dict[str, float]:
         """Tokens and epochs of each source of a mixture since the start of training."""
@@ -344,7 +345,7 @@ class Loop:
                 state.to_json(),
                 config_text=dump_config(self.config),
                 rank_extra=capture_rng(),
-                info={"code": self.code_version},
+                info={"code": self.code_version, "tokenizer": parts.manifest.tokenizer.sha256},
                 loss=self.last_validation.get("loss_ntp") if self.progress.validated_step == step else None,
                 wait=wait,
             )

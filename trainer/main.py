@@ -124,7 +124,7 @@ def train(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
         outcome = loop.run()
         if outcome == "finished":
             with heartbeat.phase("publish"):
-                publish(config, parts.engine, is_main=world.is_main)
+                publish(config, parts.engine, parts.manifest.tokenizer.sha256, is_main=world.is_main)
         if world.is_main:
             write_status(run_dir, outcome, loop.progress.step)
     except TrainingDiverged as error:

@@ -17,11 +17,17 @@ def published_path(config: RunConfig) -> Path:
     return Path(config.run.dir) / "model" / name
 
 
-def publish(config: RunConfig, engine: Engine, *, is_main: bool) -> Path:
+def publish(config: RunConfig, engine: Engine, tokenizer: str, *, is_main: bool) -> Path:
     """Write the trained weights below ``RUN/model``; a collective over all ranks.
 
     A student or teacher becomes a model folder (``trainer.model.formats``), an autoencoder the
     published .pt. The file appears whole or not at all.
+
+    Args:
+        config: the run's.
+        engine: with the weights after the last step.
+        tokenizer: SHA-256 of the one that made the run's tokens; noted beside the step.
+        is_main: whether this rank writes.
     """
     path = published_path(config)
     state = engine.gather()
@@ -32,5 +38,6 @@ def publish(config: RunConfig, engine: Engine, *, is_main: bool) -> Path:
         save_sae(path, engine.model.to_sae(state))
     else:
         assert config.model is not None
-        save_model(path.parent, state, config.model, config.insertion)
+        notes = {"step": str(config.train.steps), "tokenizer": tokenizer}
+        save_model(path.parent, state, config.model, config.insertion, notes)
     return path

@@ -83,8 +83,9 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, RunConfig, Cluster]]:
         )
     # What several ranks do together cannot run ahead on a stream of its own.
     together, in_order = "", config
-    if plan.teacher is not None and config.concepts is not None and config.concepts.ahead:
-        together, in_order = " --concepts.ahead=false", _in_order(config, config.concepts)
+    extracted = plan.concepts if plan.teacher is not None else None
+    if extracted is not None and extracted.ahead:
+        together, in_order = " --concepts.ahead=false", _in_order(config, extracted)
         yield together.strip(), in_order, cluster
     for switches in _parallel_switches(parallel):
         text = " ".join(f"--parallel.{key}={_yaml(value)}" for key, value in switches.items())
@@ -96,11 +97,11 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, RunConfig, Cluster]]:
         if tp <= cluster.gpus_per_node:
             split = replace(parallel, tp=tp, dp_shard=-1)
             yield f"--parallel.tp={tp}{rest}{together}", replace(in_order, parallel=split), cluster
-    if plan.teacher is not None and not parallel.shard_teacher and layout.replica > 1:
+    if extracted is not None and not parallel.shard_teacher and layout.replica > 1:
         split_teacher = replace(parallel, shard_teacher=True)
         switch = f"--parallel.shard_teacher=true{together}"
         yield switch, replace(in_order, parallel=split_teacher), cluster
-    if plan.teacher is not None and not parallel.shard_sae and layout.tp > 1:
+    if extracted is not None and not parallel.shard_sae and layout.tp > 1:
         yield (
             "--parallel.shard_sae=true",
             replace(config, parallel=replace(parallel, shard_sae=True)),
@@ -108,12 +109,14 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, RunConfig, Cluster]]:
         )
     if train.precision == "fp32":
         yield "--train.precision=bf16", replace(config, train=replace(train, precision="bf16")), cluster
-    if plan.teacher is not None and config.concepts is not None:
-        read = replace(config.concepts, source="cache", ahead=False)
+    if extracted is not None:
+        read = replace(extracted, source="cache", ahead=False)
         yield f"--concepts.source=cache{together}", replace(config, concepts=read), cluster
-        if config.concepts.precision == "fp32":
-            rounded = replace(config.concepts, precision="bf16")
+        if extracted.precision == "fp32":
+            rounded = replace(extracted, precision="bf16")
             yield "--concepts.precision=bf16", replace(config, concepts=rounded), cluster
+    if config.objective.name == "kd" and config.kd is not None and config.kd.precision == "fp32":
+        yield "--kd.precision=bf16", replace(config, kd=replace(config.kd, precision="bf16")), cluster
     more = replace(cluster, num_nodes=2 * cluster.num_nodes)
     spread = replace(config, parallel=replace(parallel, dp_shard=-1))
     yield f"--nodes={more.num_nodes}{rest}", spread, more

@@ -12,10 +12,15 @@ from typing import Literal
 
 from launch.planning.layout import Layout
 from parallel.config import ParallelConfig
-from trainer.config import ConceptsConfig, ModelConfig
+from trainer.config import ConceptsConfig, Insertion, ModelConfig, PauseConfig
 from trainer.model.padding import padded
 
 FP32 = 4
+INT64 = 8
+CHUNK_ELEMENTS = 2**28
+"""Elements of one chunk of logits on a GPU, as ``trainer.kernels.chunks`` cuts them."""
+BLOCK_ELEMENTS = 2**25
+"""Elements of a chunk's rows that are compared with the targets' logits at a time, there too."""
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -27,13 +32,40 @@ class Sizes:
     model: ModelConfig
     layout: Layout
     parallel: ParallelConfig
-    concepts: ConceptsConfig | None
+    insertion: Insertion | None
+    learns_concepts: bool
+    """Whether predicted concepts have a loss of their own."""
     tokens: int
     """B*T of the microbatch."""
     seq_len: int
     element: int
     masked: bool = False
     """Whether the documents of a sequence are kept apart."""
+
+    @property
+    def concepts(self) -> ConceptsConfig | None:
+        """The concept path, where there is one."""
+        return self.insertion if isinstance(self.insertion, ConceptsConfig) else None
+
+    @property
+    def interleaves(self) -> bool:
+        """Whether the upper blocks have a longer stream, of which the last one updates T positions alone."""
+        return interleaves(self.insertion)
+
+    @property
+    def insert_layer(self) -> int:
+        """Blocks below the insertion."""
+        return 0 if self.insertion is None else self.insertion.insert_layer
+
+    @property
+    def vectors(self) -> int:
+        """Tokens of the microbatch that have a vector of their own."""
+        return self.tokens // (1 if self.insertion is None else self.insertion.every)
+
+    @property
+    def mixed(self) -> int:
+        """Positions of the stream above the insertion."""
+        return self.tokens + self.vectors if self.interleaves else self.tokens
 
     @property
     def tp(self) -> int:
@@ -57,16 +89,15 @@ class Sizes:
     @property
     def num_widest(self) -> int:
         """Blocks that update all positions of the longest stream."""
-        lower = 0 if self.concepts is None else self.concepts.insert_layer + 1
-        return self.model.n_layer - lower
+        return self.model.n_layer - self.insert_layer - self.interleaves
 
     def stream(self, positions: int) -> int:
         """(positions, D) activations."""
         return positions * self.model.d_model * self.element
 
-    def mask(self, per_token: int) -> int:
-        """What keeps documents apart where each token has so many positions: (B, S, S)."""
-        return per_token**2 * self.tokens * self.seq_len * self.element if self.masked else 0
+    def mask(self, positions: int) -> int:
+        """What keeps documents apart in a stream of B*S positions: (B, S, S)."""
+        return positions**2 * self.seq_len // self.tokens * self.element if self.masked else 0
 
     def received(self, positions: int) -> int:
         """A sublayer's input where other ranks sent parts of it; alone a rank can compute it again."""
@@ -75,6 +106,16 @@ class Sizes:
     def statistics(self, positions: int) -> int:
         """Mean and inverse deviation of a LayerNorm over this rank's part."""
         return 2 * positions // self.tp * self.element
+
+
+def interleaves(insertion: Insertion | None) -> bool:
+    """Whether vectors get positions of their own."""
+    return isinstance(insertion, PauseConfig) or (insertion is not None and insertion.mix == "interleave")
+
+
+def chunk_rows(tokens: int, columns: int) -> int:
+    """Rows of the first chunk of logits, the largest one."""
+    return min(tokens, max(1, CHUNK_ELEMENTS // columns))
 
 
 # Activations
@@ -110,11 +151,12 @@ def mlp_kept(s: Sizes, positions: int, recompute: Recompute) -> int:
 
 
 def last_attention_kept(s: Sizes, recompute: Recompute) -> int:
-    """As :func:`attention_kept`, where keys and values have 2T positions and queries T.
+    """As :func:`attention_kept`, where keys and values have T + T/s positions and queries T.
 
-    The parts of the fused weight for queries and for keys and values are copies.
+    The parts of the fused weight for queries and for keys and values are copies; so are the rows of the
+    queries, unless they are every other one.
     """
-    read, positions = s.tokens, 2 * s.tokens
+    read, positions = s.tokens, s.mixed
     width = s.model.d_model
     split = s.stream(positions) // s.tp
     if recompute == "full":
@@ -123,8 +165,13 @@ def last_attention_kept(s: Sizes, recompute: Recompute) -> int:
     if recompute == "selective":
         return split + s.received(positions) + products
     weights = 3 * width**2 // s.tp * s.element
-    mask = 0 if s.masked else 2 * s.seq_len**2 * (1 + s.element)
-    return split + s.stream(positions) + products + weights + mask + s.statistics(positions)
+    width_above = s.mixed * s.seq_len // s.tokens
+    if not s.masked:
+        mask = s.seq_len * width_above * (1 + s.element)
+    else:
+        mask = 0 if positions == 2 * read else read * width_above * s.element
+    rows = 0 if positions == 2 * read else s.stream(read)
+    return split + s.stream(positions) + rows + products + weights + mask + s.statistics(positions)
 
 
 def mlp_recomputed(s: Sizes, positions: int, recompute: Recompute, *, last: bool) -> int:

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from launch.planning.blocks import FP32
 from launch.planning.forecast import Plan
 from launch.planning.measure import Measured
-from launch.planning.memory import FP32, optimizer_bytes
+from launch.planning.memory import optimizer_bytes
 from launch.planning.traffic import Kind
 
 EXACT = 0.0

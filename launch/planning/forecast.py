@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from launch.planning.layout import Cluster, Layout, concepts_of, lay_out
-from launch.planning.memory import FP32, Moment, plan_memory
+from launch.planning.blocks import FP32, interleaves
+from launch.planning.book import Moment
+from launch.planning.layout import Cluster, Layout, lay_out
+from launch.planning.memory import plan_memory
 from launch.planning.teacher import Teacher, teacher_of
 from launch.planning.traffic import Transfer, gathered_again, plan_traffic, sent
 from trainer.config import ConceptsConfig, RunConfig
@@ -124,14 +126,14 @@ class Plan:
 
     @property
     def concepts(self) -> ConceptsConfig | None:
-        """The student's concept path, ``None`` for next-token prediction."""
-        return concepts_of(self.config)
+        """The student's concept path, ``None`` where no concepts are predicted."""
+        return self.config.predicted_concepts
 
     @property
     def num_parameters(self) -> int:
         """Weights of the student without padding."""
         assert self.config.model is not None
-        return sum(parameter_count(self.config.model, self.concepts).values())
+        return sum(parameter_count(self.config.model, self.config.insertion).values())
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -154,14 +156,15 @@ def make_plan(config: RunConfig, cluster: Cluster, assumptions: Assumptions) -> 
     """
     layout = lay_out(config, cluster)
     assert config.model is not None
-    concepts = concepts_of(config)
-    teacher = None if concepts is None or concepts.source == "cache" else teacher_of(concepts)
+    concepts = config.predicted_concepts
+    teacher = teacher_of(config)
     flops = flops_per_token(
         config.model,
-        concepts,
+        config.insertion,
         config.data.seq_len,
         None if teacher is None else teacher.shape,
         None if concepts is None or teacher is None else SaeShape(concepts.num_concepts, concepts.top_k),
+        concept_loss=config.objective.concept_weight > 0,
     )
     traffic = plan_traffic(config, layout, teacher)
     return Plan(
@@ -206,12 +209,11 @@ def recomputed_flops(config: RunConfig, flops: FlopsPerToken) -> int:
     if config.parallel.recompute != "full":
         return 0
     assert config.model is not None
-    concepts = concepts_of(config)
-    positions = config.model.n_layer
-    if concepts is not None:
-        positions += positions - 1 - concepts.insert_layer
+    positions, insertion = float(config.model.n_layer), config.insertion
+    if insertion is not None and interleaves(insertion):
+        positions += (positions - 1 - insertion.insert_layer) / insertion.every
     forward = sum(part.forward for name, part in flops.parts.items() if name.startswith("blocks"))
-    return forward - positions * 2 * MLP_EXPANSION * config.model.d_model**2
+    return forward - round(positions * 2 * MLP_EXPANSION * config.model.d_model**2)
 
 
 def copied_bytes(config: RunConfig, layout: Layout) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainer.config import ConceptsConfig, ModelConfig, RunConfig
+from trainer.config import ConceptsConfig, Insertion, ModelConfig, PauseConfig, RunConfig
 from trainer.model.padding import PADDING, padded
 
 
@@ -140,41 +140,21 @@ def block_parameters(width: int) -> tuple[Parameter, ...]:
     return (whole, whole, *attention, whole, whole, *mlp)
 
 
-def root_parameters(model: ModelConfig, concepts: ConceptsConfig | None) -> tuple[Parameter, ...]:
-    """Weights outside the blocks: embeddings, final norm, untied head and concept mixer."""
+def root_parameters(model: ModelConfig, insertion: Insertion | None) -> tuple[Parameter, ...]:
+    """Weights outside the blocks: embeddings, final norm, untied head and what is inserted."""
     width, vocabulary = model.d_model, padded(model.vocab_size)
     whole = Parameter((width,))
     out = [Parameter((vocabulary, width), 0), Parameter((model.n_positions, width)), whole, whole]
     if not model.tied_head:
         out.append(Parameter((vocabulary, width), 0))
-    if concepts is not None:
-        dictionary = padded(concepts.num_concepts)
-        predict = (Parameter((dictionary, width), 0), Parameter((dictionary,), 0))
-        out += [whole, *predict, Parameter((dictionary, width), 1), whole]
+    if isinstance(insertion, PauseConfig):
+        out.append(Parameter((1, width)))
+    if isinstance(insertion, ConceptsConfig):
+        dictionary = padded(insertion.num_concepts)
+        out += [whole, Parameter((dictionary, width), 0), Parameter((dictionary,), 0)]
+        if insertion.mix != "none":
+            out += [Parameter((dictionary, width), 1), whole]
     return tuple(out)
-
-
-def concepts_of(config: RunConfig) -> ConceptsConfig | None:
-    """The concept path of a run, ``None`` for next-token prediction."""
-    return config.concepts if config.objective.name == "cocomix" else None
-
-
-def _check_ablations(config: RunConfig) -> None:
-    """The formulas know the method and its baseline, not each variant of it."""
-    if config.objective.name != "cocomix":
-        return
-    if config.objective.concept_weight == 0:
-        raise ValueError("objective.concept_weight=0 cannot be planned, only above 0 can")
-    for key, planned in (
-        ("concepts.mix", "interleave"),
-        ("concepts.every", 1),
-        ("concepts.targets", "attribution"),
-        ("objective.regression", "none"),
-    ):
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        if value != planned:
-            raise ValueError(f"{key}={value} cannot be planned, only {planned} can")
 
 
 def lay_out(config: RunConfig, cluster: Cluster) -> Layout:
@@ -185,18 +165,22 @@ def lay_out(config: RunConfig, cluster: Cluster) -> Layout:
             number of GPUs, a batch that the ranks do not divide, sizes that ``parallel.tp`` does not divide.
             Also an objective or an engine that no plan exists for.
     """
-    if config.objective.name not in ("ntp", "cocomix") or config.model is None:
+    if config.model is None or config.objective.name == "sae":
         raise ValueError(
-            f"objective.name={config.objective.name} cannot be planned, only ntp and cocomix can"
+            f"objective.name={config.objective.name} cannot be planned: it trains no student, and the "
+            "formulas are those of one"
         )
-    _check_ablations(config)
+    if config.objective.regression != "none":
+        raise ValueError(
+            f"objective.regression={config.objective.regression} cannot be planned: no formula knows its "
+            "maps, which are whole on each rank; objective.regression=none can"
+        )
     engine: str = config.parallel.engine
     if engine != "fsdp":
         raise ValueError(f"parallel.engine={engine} cannot be planned, only fsdp can")
     dp_shard = _dp_shard(config, cluster.world_size)
     _check_batch(config, config.parallel.dp_replicate * dp_shard)
     _check_tensor_parallel(config, config.model)
-    concepts = concepts_of(config)
     rows = config.train.batch_size // (config.parallel.dp_replicate * dp_shard)
     return Layout(
         cluster=cluster,
@@ -208,7 +192,7 @@ def lay_out(config: RunConfig, cluster: Cluster) -> Layout:
         microbatch_size=min(config.train.microbatch_size, rows),
         block=Unit(block_parameters(config.model.d_model)),
         num_blocks=config.model.n_layer,
-        root=Unit(root_parameters(config.model, concepts)),
+        root=Unit(root_parameters(config.model, config.insertion)),
     )
 
 

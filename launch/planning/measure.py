@@ -38,19 +38,20 @@ from launch.planning.forecast import Plan
 from launch.planning.layout import Cluster
 from launch.planning.traffic import Kind
 from parallel.apply import apply_parallel, tensor_group
-from parallel.collectives import max_over_ranks, sum_over_ranks
+from parallel.collectives import sum_over_ranks
 from parallel.engine import FsdpEngine
 from parallel.mesh import Mesh, build_mesh, replica_mesh
 from parallel.tensor import TensorGroup
 from parallel.world import World
 from trainer.concepts.extractor import TargetExtractor, shard_teacher
 from trainer.concepts.sae import TopKSae
+from trainer.concepts.states import DistributionExtractor
 from trainer.config import ModelConfig
 from trainer.metrics.sums import ConceptUsage, StepMetrics
-from trainer.model.cocomix import CoCoMix
 from trainer.model.documents import Documents
-from trainer.model.gpt2 import GPT2
-from trainer.objective import CoCoMixLoss, NextToken, Objective
+from trainer.model.gpt2 import GPT2, TeacherHead
+from trainer.model.student import build_student
+from trainer.objective import CoCoMixLoss, DistillationLoss, NextToken, Objective
 from trainer.optim import build_optimizer
 from trainer.step import train_step
 
@@ -190,6 +191,16 @@ class _MeteredExtractor(TargetExtractor):
         return targets
 
 
+class _MeteredDistribution(DistributionExtractor):
+    meter: Meter
+
+    def __call__(self, input_ids: Tensor, documents: Documents | None = None) -> TeacherHead:
+        self.meter.phase = "targets"
+        head = super().__call__(input_ids, documents)
+        self.meter.phase = "forward"
+        return head
+
+
 def _local_bytes(tensor: Tensor | None) -> int:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return 0 if local is None else local.numel() * local.element_size()
@@ -228,15 +239,13 @@ def measure(plan: Plan) -> Measured:
 def _student(plan: Plan) -> GPT2:
     assert plan.config.model is not None
     with torch.device("meta"):
-        if plan.concepts is None:
-            return GPT2(plan.config.model)
-        return CoCoMix(plan.config.model, plan.concepts)
+        return build_student(plan.config.model, plan.config.insertion)
 
 
-def _frozen(plan: Plan, replica: DeviceMesh, tp: TensorGroup) -> tuple[GPT2, TopKSae] | None:
+def _frozen(plan: Plan, replica: DeviceMesh, tp: TensorGroup) -> tuple[GPT2, TopKSae | None] | None:
     """Teacher and autoencoder on the meta device, split as the run splits them."""
     shape, concepts = plan.teacher, plan.concepts
-    if shape is None or concepts is None:
+    if shape is None:
         return None
     sizes = ModelConfig(
         d_model=shape.d_model,
@@ -245,42 +254,53 @@ def _frozen(plan: Plan, replica: DeviceMesh, tp: TensorGroup) -> tuple[GPT2, Top
         vocab_size=shape.vocab_size,
         n_positions=shape.n_positions,
     )
-    dtype = torch.bfloat16 if concepts.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if shape.element == 2 else torch.float32
     with torch.device("meta"):
         teacher = GPT2(sizes).to(dtype).requires_grad_(False)
     if plan.config.parallel.shard_teacher:
-        shard_teacher(teacher, replica, backward=True)
+        shard_teacher(teacher, replica, backward=plan.config.differentiates_teacher)
+    if concepts is None:
+        return teacher, None
     sae = TopKSae(shape.d_model, concepts.num_concepts, concepts.top_k, device="meta").requires_grad_(False)
     if plan.config.parallel.shard_sae:
         sae.split(tp)
     return teacher, sae
 
 
-def _objective(plan: Plan, mesh: Mesh, meter: Meter, frozen: tuple[GPT2, TopKSae] | None) -> Objective:
-    end_id = 0 if plan.config.data.mask_documents else None  # no fake token has a value
-    if plan.concepts is None:
+def _objective(plan: Plan, mesh: Mesh, meter: Meter, frozen: tuple[GPT2, TopKSae | None] | None) -> Objective:
+    config, concepts = plan.config, plan.concepts
+    end_id = 0 if config.data.mask_documents else None  # no fake token has a value
+    if frozen is None and not config.reads_labels:
         return NextToken(end_id)
     extractor = None
     if frozen is not None:
         teacher, sae = frozen
         teacher.to_empty(device="cpu")
+        if sae is None or concepts is None:
+            assert config.kd is not None
+            distribution = _MeteredDistribution(teacher, config.kd, tensor_group(mesh))
+            distribution.meter = meter
+            return DistillationLoss(distribution, end_id)
         sae.to_empty(device="cpu")
-        extractor = _MeteredExtractor(teacher, sae, plan.concepts, tensor_group(mesh))
+        extractor = _MeteredExtractor(teacher, sae, concepts, tensor_group(mesh))
         extractor.meter = meter
-    config = plan.config
-    return CoCoMixLoss(extractor, config.objective, config.train.steps, document_end=end_id)
+    assert concepts is not None
+    weighting = (config.objective, config.train.steps, concepts.every)
+    return CoCoMixLoss(extractor, *weighting, document_end=end_id)
 
 
 def _batch(plan: Plan) -> Batch:
     """One rank's rows of a step."""
     rows, seq_len = plan.layout.rows_per_rank, plan.config.data.seq_len
     targets = None
-    if plan.concepts is not None and plan.teacher is None:
+    if plan.concepts is not None and plan.config.reads_labels:
         targets = torch.zeros(rows, seq_len, plan.concepts.num_targets, dtype=torch.uint16)
     return Batch(torch.zeros(rows, seq_len + 1, dtype=torch.int32), rows, targets)
 
 
-def _train_one_step(plan: Plan, mesh: Mesh, engine: _Phases, frozen: tuple[GPT2, TopKSae] | None) -> None:
+def _train_one_step(
+    plan: Plan, mesh: Mesh, engine: _Phases, frozen: tuple[GPT2, TopKSae | None] | None
+) -> None:
     config, device = plan.config, torch.device("cpu")
     objective = _objective(plan, mesh, engine.meter, frozen)
     metrics = StepMetrics(objective.means, device)
@@ -304,7 +324,7 @@ def _train_one_step(plan: Plan, mesh: Mesh, engine: _Phases, frozen: tuple[GPT2,
     )
     metrics.reduce(partial(sum_over_ranks, mesh=mesh))
     if usage is not None:
-        usage.reduce(partial(max_over_ranks, mesh=mesh))
+        usage.reduce(partial(sum_over_ranks, mesh=mesh))
 
 
 def _by_axis(meter: Meter, mesh: Mesh, replica: DeviceMesh, model: nn.Module) -> dict[tuple[str, Kind], int]:

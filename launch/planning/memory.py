@@ -10,14 +10,13 @@ K kept concepts, t tensor-parallel ranks, e bytes of an activation.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-
 from launch.planning.blocks import (
+    BLOCK_ELEMENTS,
     FP32,
+    INT64,
     Sizes,
     attention_kept,
+    chunk_rows,
     copied_shard,
     gather_buffer,
     gathered_ahead,
@@ -29,94 +28,25 @@ from launch.planning.blocks import (
     mlp_recomputed,
     whole_weights,
 )
-from launch.planning.layout import Layout, concepts_of
+from launch.planning.book import Book, Moment
+from launch.planning.layout import Layout
+from launch.planning.targets import distribution, extraction, latents_held
 from launch.planning.teacher import Teacher
-from parallel.config import ParallelConfig
-from trainer.config import ConceptsConfig, RunConfig
-from trainer.model.padding import padded
+from trainer.config import RunConfig
 
-INT64 = 8
-CHUNK_ELEMENTS = 2**28
-"""Elements of one chunk of logits on a GPU, as ``trainer.kernels.chunks`` cuts them."""
-BLOCK_ELEMENTS = 2**25
-"""Elements of a chunk's rows that are compared with the targets' logits at a time, there too."""
-SAE_CHUNK_ROWS = 1024
-"""Tokens that the autoencoder encodes at a time."""
 COPIES_OF_ADAM = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """What is alive at one moment of a step."""
-
-    name: str
-    parts: Mapping[str, int]
-    """Bytes of tensors by what they are."""
-    workspace: int = 0
-    """Bytes that a GPU's kernels allocate inside one operation, and of work on another stream; no tensor
-    of this moment shows them."""
-    offloaded: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of tensors in the host's memory, one rank's."""
-
-    @property
-    def tensors(self) -> int:
-        """Bytes of all tensors of the GPU."""
-        return sum(self.parts.values())
-
-    @property
-    def total(self) -> int:
-        """Bytes of tensors and workspace."""
-        return self.tensors + self.workspace
-
-
-class Book:
-    """Bytes alive by part, and the moments noted so far.
-
-    Args:
-        offloaded: parts that lie in the host's memory.
-    """
-
-    def __init__(self, offloaded: Iterable[str] = ()) -> None:
-        self.moments: list[Moment] = []
-        self._offloaded = frozenset(offloaded)
-        self._held: Counter[str] = Counter()
-        self._beside = 0
-
-    def hold(self, **parts: int) -> None:
-        """Tensors that live on; underscores in a name stand for spaces."""
-        self._held.update({name.replace("_", " "): size for name, size in parts.items()})
-
-    def drop(self, *names: str) -> None:
-        """Tensors that end."""
-        for name in names:
-            del self._held[name.replace("_", " ")]
-
-    def run_beside(self) -> None:
-        """What the moments so far needed beyond what lives on may now be alive at any other moment."""
-        lasting = sum(size for name, size in self._held.items() if name not in self._offloaded)
-        self._beside = max(moment.total for moment in self.moments) - lasting
-
-    def note(self, moment: str, workspace: int = 0, **temporaries: int) -> None:
-        """A moment at which ``temporaries`` are alive too."""
-        parts = self._held + Counter({name.replace("_", " "): size for name, size in temporaries.items()})
-        host = {name: parts.pop(name) for name in self._offloaded & parts.keys()}
-        self.moments.append(Moment(moment, dict(parts), workspace + self._beside, host))
-
-
-def chunk_rows(tokens: int, columns: int) -> int:
-    """Rows of the first chunk of logits, the largest one."""
-    return min(tokens, max(1, CHUNK_ELEMENTS // columns))
 
 
 def mixer_kept(s: Sizes) -> int:
     """Bytes that autograd keeps of the concept mixer beside the head's gradients.
 
     fp32: the stream, it less its mean, the mixed concept; compute precision: the head's input; K values
-    and ids per token.
+    and ids per token. What is only predicted is not mixed.
     """
     assert s.concepts is not None
-    stream = 3 * FP32 * s.tokens * s.model.d_model // s.tp
-    return stream + s.stream(s.tokens) + s.tokens * s.concepts.top_k * (INT64 + s.element)
+    streams = 2 if s.concepts.mix == "none" else 3
+    stream = streams * FP32 * s.vectors * s.model.d_model // s.tp
+    return stream + s.stream(s.vectors) + s.vectors * s.concepts.top_k * (INT64 + s.element)
 
 
 def plan_memory(config: RunConfig, layout: Layout, teacher: Teacher | None) -> tuple[Moment, ...]:
@@ -146,7 +76,8 @@ def _microbatch(
         model=config.model,
         layout=layout,
         parallel=config.parallel,
-        concepts=concepts_of(config),
+        insertion=config.insertion,
+        learns_concepts=config.predicted_concepts is not None and config.objective.concept_weight > 0,
         tokens=rows * config.data.seq_len,
         seq_len=config.data.seq_len,
         element=2 if config.train.precision == "bf16" else FP32,
@@ -156,12 +87,14 @@ def _microbatch(
     _hold_state(book, config, layout, teacher)
     if accumulated:
         book.hold(accumulated_gradients=FP32 * layout.gathered_elements)
-    if teacher is not None:
+    if teacher is not None and config.kd is not None and config.objective.name == "kd":
+        distribution(book, config, layout, teacher, rows)
+    elif teacher is not None:
         assert config.concepts is not None
-        _extraction(book, config, layout, teacher, rows)
+        extraction(book, config, layout, teacher, rows)
         if config.concepts.ahead:
             book.run_beside()
-    _forward(book, s)
+    _forward(book, s, teacher)
     _backward(book, s, accumulated=accumulated)
     return book.moments
 
@@ -178,85 +111,39 @@ def optimizer_bytes(layout: Layout) -> int:
 def _hold_state(book: Book, config: RunConfig, layout: Layout, teacher: Teacher | None) -> None:
     """What lives as long as the run."""
     book.hold(parameters=FP32 * layout.shard_elements, optimizer=optimizer_bytes(layout))
-    concepts = concepts_of(config)
+    if teacher is not None:
+        ranks = layout.replica if config.parallel.shard_teacher else 1
+        book.hold(teacher=teacher.element * teacher.shard_elements(ranks))
+    concepts = config.predicted_concepts
     if concepts is None:
         return
-    book.hold(metrics=2 * (concepts.num_concepts + 1))
+    book.hold(metrics=2 * INT64 * (concepts.num_concepts + 1))
     if teacher is not None:
-        element = 2 if concepts.precision == "bf16" else FP32
-        ranks = layout.replica if config.parallel.shard_teacher else 1
         rows = latents_held(concepts, config.parallel)
-        book.hold(
-            teacher=element * teacher.shard_elements(ranks),
-            SAE=FP32 * (2 * rows * teacher.d_model + rows + teacher.d_model),
-        )
+        book.hold(SAE=FP32 * (2 * rows * teacher.d_model + rows + teacher.d_model))
 
 
-def latents_held(concepts: ConceptsConfig, parallel: ParallelConfig) -> int:
-    """Rows of the autoencoder's dictionary on one rank."""
-    return -(-concepts.num_concepts // parallel.tp) if parallel.shard_sae else concepts.num_concepts
-
-
-def _extraction(book: Book, config: RunConfig, layout: Layout, teacher: Teacher, rows: int) -> None:
-    """The teacher's pass: blocks above the residual keep what a gradient of activations needs."""
-    assert config.concepts is not None
-    concepts, parallel = config.concepts, config.parallel
-    element = 2 if concepts.precision == "bf16" else FP32
-    tokens = -(-rows // layout.tp) * config.data.seq_len
-    stream = element * tokens * teacher.d_model
-    masks = config.data.seq_len * tokens * element if config.data.mask_documents else 0
-    # Norm input twice, queries, keys, values and their mixture, the inner width before gelu.
-    kept = (teacher.n_layer - 1 - concepts.sae_layer) * (10 * stream + FP32 * tokens * teacher.n_head)
-    columns = padded(teacher.vocab_size)
-    book.note(
-        "targets: the teacher's head",
-        extraction=kept + 4 * stream,
-        document_masks=masks,
-        extraction_logits=element * chunk_rows(tokens, columns) * columns,
-        teacher_gathered=element * _teacher_gathered(teacher, layout) if parallel.shard_teacher else 0,
-    )
-    if parallel.shard_sae:  # what was read of this rank's rows is gone when that of all rows is here
-        tokens = rows * config.data.seq_len
-    streams = 2 * element * tokens * teacher.d_model
-    latents, chunk = latents_held(concepts, parallel), min(SAE_CHUNK_ROWS, tokens)
-    # The encoder as three bf16 matrices; a chunk's rows as three and as the two that they are made of.
-    split = 2 * (3 * latents + 5 * chunk) * teacher.d_model if element < FP32 else 0
-    book.note(
-        "targets: the autoencoder",
-        extraction=streams + 3 * FP32 * tokens * teacher.d_model + (FP32 + INT64) * tokens * concepts.top_k,
-        extraction_encoder=split,
-        extraction_logits=FP32 * chunk * latents,
-    )
-
-
-def _teacher_gathered(teacher: Teacher, layout: Layout) -> int:
-    """A split teacher's root, and the buffer in which its last block arrived."""
-    ranks = layout.replica
-    return 0 if ranks == 1 else teacher.root.elements(1) + ranks * teacher.block.shard_elements(1, ranks)
-
-
-def _forward(book: Book, s: Sizes) -> None:
+def _forward(book: Book, s: Sizes, teacher: Teacher | None) -> None:
     """Book what the student's forward keeps, and note its two heads."""
-    num_blocks = s.model.n_layer
-    book.hold(tokens=s.tokens * (5 if s.masked else 3) * INT64, document_masks=s.mask(1))
-    if s.concepts is None:
-        _hold_blocks(book, s, "blocks", num_blocks, s.tokens)
-        _top_block(book, s)
-    else:
-        lower = s.concepts.insert_layer
-        _hold_blocks(book, s, "blocks_below", lower, s.tokens)
+    book.hold(tokens=s.tokens * (5 if s.masked else 3) * INT64, document_masks=s.mask(s.tokens))
+    _hold_blocks(book, s, "blocks_below", s.insert_layer, s.tokens)
+    if s.concepts is not None:
         _concept_head(book, s)
-        # The two streams that were interleaved stay until the model's forward returns.
-        book.hold(concept_mixer=mixer_kept(s), streams_before_interleaving=2 * s.stream(s.tokens) // s.tp)
-        book.hold(interleaved_masks=s.mask(2))
-        _hold_blocks(book, s, "interleaved_blocks", num_blocks - 1 - lower, 2 * s.tokens)
-        _top_block(book, s)
+        book.hold(concept_mixer=mixer_kept(s))
+    if s.insertion is not None:
+        # The two streams that were mixed stay until the model's forward returns; a pause has no second one.
+        vectors = s.vectors if s.concepts is not None else 0
+        book.hold(streams_before_mixing=(s.stream(s.tokens) + s.stream(vectors)) // s.tp)
+    if s.interleaves:
+        book.hold(interleaved_masks=s.mask(s.mixed))
+    _hold_blocks(book, s, "interleaved_blocks" if s.interleaves else "blocks", s.num_widest, s.mixed)
+    _top_block(book, s)
+    if s.interleaves:
         how = s.parallel.recompute
         book.hold(last_block_attention=last_attention_kept(s, how), last_block_MLP=mlp_kept(s, s.tokens, how))
     book.hold(final_norm=s.stream(s.tokens) // s.tp)
-    _lm_head(book, s)
-    if s.concepts is not None:
-        book.drop("streams_before_interleaving")
+    _lm_head(book, s, teacher)
+    book.drop("streams_before_mixing", "teacher_states")
 
 
 def _hold_blocks(book: Book, s: Sizes, name: str, count: int, positions: int) -> None:
@@ -266,7 +153,7 @@ def _hold_blocks(book: Book, s: Sizes, name: str, count: int, positions: int) ->
         book.hold(**{f"{name}_MLP": count * mlp_kept(s, positions, how)})
 
 
-def _logits(s: Sizes, columns: int, per_block: int = 0) -> int:
+def _logits(s: Sizes, rows: int, columns: int, per_block: int = 0, *, gradient: bool = True) -> int:
     """Largest temporaries of a head beside its gradients, of which the weight's are made by the first chunk.
 
     A chunk of logits is reduced and replaced by its gradient in place (on a GPU by one kernel, without fp32
@@ -274,12 +161,15 @@ def _logits(s: Sizes, columns: int, per_block: int = 0) -> int:
 
     Args:
         s: sizes.
-        columns: of the logits.
+        rows, columns: of the logits.
         per_block: bytes beside each logit of the block of rows in work before that.
+        gradient: whether any are taken.
     """
     weight = columns * s.model.d_model
-    first = chunk_rows(s.tokens, columns)
-    second = min(first, s.tokens - first)
+    first = chunk_rows(rows, columns)
+    if not gradient:
+        return s.element * first * columns
+    second = min(first, rows - first)
     block = per_block * min(first, max(1, BLOCK_ELEMENTS // columns)) * columns
     found = s.element * first * columns + max(block - FP32 * weight, s.cast * weight)
     if second:
@@ -291,11 +181,10 @@ def _top_block(book: Book, s: Sizes) -> None:
     """The MLP of the widest block, where less is kept than is at work."""
     if not s.num_widest or s.parallel.recompute == "none":
         return
-    positions = s.tokens if s.concepts is None else 2 * s.tokens
-    done = s.model.n_layer - (1 if s.concepts is None else 2)
+    done = s.model.n_layer - (2 if s.interleaves else 1)
     book.note(
         "forward: top block",
-        activations_at_work=mlp_at_work(s, positions, s.parallel.recompute),
+        activations_at_work=mlp_at_work(s, s.mixed, s.parallel.recompute),
         gathered_weights=whole_weights(s, 1) + kept_by_forward(s, done),
         gather_buffer=gather_buffer(s) + gathered_ahead(s, done + 1),
     )
@@ -303,30 +192,50 @@ def _top_block(book: Book, s: Sizes) -> None:
 
 def _concept_head(book: Book, s: Sizes) -> None:
     """Loss, top-K and their gradients in one pass; gradients stay until backward."""
-    assert s.concepts is not None
     weight = s.dictionary * s.model.d_model
-    book.hold(concept_head_gradients=FP32 * (weight + s.dictionary) + s.stream(s.tokens))
+    if s.learns_concepts:
+        book.hold(concept_head_gradients=FP32 * (weight + s.dictionary) + s.stream(s.vectors))
+    # A byte per logit is a comparison, for the targets' ranks.
+    logits = _logits(s, s.vectors, s.dictionary, per_block=1, gradient=s.learns_concepts)
     book.note(
         "forward: concept head",
-        concept_mixer=mixer_kept(s) + 2 * FP32 * s.tokens * s.model.d_model // s.tp,
-        logits=_logits(s, s.dictionary, per_block=1),  # a comparison, for the targets' ranks
-        gathered_weights=whole_weights(s, 0) + kept_by_forward(s, s.concepts.insert_layer),
-        gather_buffer=gather_buffer(s) + gathered_ahead(s, s.concepts.insert_layer),
+        concept_mixer=mixer_kept(s) + 2 * FP32 * s.vectors * s.model.d_model // s.tp,
+        logits=logits,
+        gathered_weights=whole_weights(s, 0) + kept_by_forward(s, s.insert_layer),
+        gather_buffer=gather_buffer(s) + gathered_ahead(s, s.insert_layer),
     )
 
 
-def _lm_head(book: Book, s: Sizes) -> None:
+def _lm_head(book: Book, s: Sizes, teacher: Teacher | None) -> None:
     """The widest moment of most runs: all activations, and a chunk of logits."""
     weight = s.vocabulary * s.model.d_model
     norm = s.stream(s.tokens) if s.tp == 1 else s.stream(s.tokens) + s.stream(s.tokens) // s.tp
     book.hold(LM_head_gradients=FP32 * weight + s.stream(s.tokens))
+    distilled = teacher if s.insertion is None else None
     book.note(
         "forward: LM head",
         final_norm_output=norm,
-        logits=_logits(s, s.vocabulary),
+        logits=_logits(s, s.tokens, s.vocabulary) if distilled is None else _two_logits(s, distilled),
         gathered_weights=whole_weights(s, 0) + kept_by_forward(s, s.model.n_layer),
         gather_buffer=gather_buffer(s),
     )
+
+
+def _two_logits(s: Sizes, teacher: Teacher) -> int:
+    """As :func:`_logits`, with the teacher's beside them until a chunk's gradient is there.
+
+    Of a block of rows there are both logarithms of probabilities and their difference in fp32.
+    """
+    columns, weight = s.vocabulary, s.vocabulary * s.model.d_model
+    first = chunk_rows(s.tokens, columns)
+    second = min(first, s.tokens - first)
+    block = 3 * FP32 * max(1, BLOCK_ELEMENTS // columns) * columns
+    beside = teacher.element * first * columns + min(block, 3 * FP32 * first * columns)
+    found = s.element * first * columns + max(beside - FP32 * weight, s.cast * weight)
+    if second:
+        beside = teacher.element * second * columns + min(block, 3 * FP32 * second * columns)
+        found = max(found, s.element * second * columns + max(beside, s.element * weight))
+    return found
 
 
 def _backward(book: Book, s: Sizes, *, accumulated: bool) -> None:
@@ -341,17 +250,17 @@ def _backward(book: Book, s: Sizes, *, accumulated: bool) -> None:
     # The tied embedding's gradient stays until the root, the last unit, is reduced.
     book.hold(root_gradients=s.element * weight)
     book.drop("final_norm")
-    if s.concepts is not None:
+    if s.interleaves:
         _backward_block(book, s, "backward: last block", s.tokens, done=0, accumulated=accumulated)
     book.drop("last_block_attention", "last_block_MLP")
     if s.num_widest:
-        positions, done = (s.tokens, 0) if s.concepts is None else (2 * s.tokens, 1)
-        _backward_block(book, s, "backward: top block", positions, done=done, accumulated=accumulated)
+        done = int(s.interleaves)
+        _backward_block(book, s, "backward: top block", s.mixed, done=done, accumulated=accumulated)
     book.drop("blocks_attention", "blocks_MLP", "interleaved_blocks_attention", "interleaved_blocks_MLP")
     book.drop("interleaved_masks")
     if s.concepts is not None:
         _backward_mixer(book, s, accumulated=accumulated)
-        book.drop("concept_mixer", "concept_head_gradients", "blocks_below_attention", "blocks_below_MLP")
+    book.drop("concept_mixer", "concept_head_gradients", "blocks_below_attention", "blocks_below_MLP")
     book.drop("root_gradients", "document_masks")
     _reduce_root(book, s, accumulated=accumulated)
 
@@ -361,9 +270,9 @@ def _backward_block(
 ) -> None:
     """The MLP of a block behind ``done`` others: gradients of its result, projection and inner width."""
     how = s.parallel.recompute
-    last = s.concepts is not None and done == 0
-    reduced = _reduction_buffer(s, accumulated) if done or s.concepts is None else 0
-    if s.concepts is None:
+    last = s.interleaves and done == 0
+    reduced = _reduction_buffer(s, accumulated) if done or not s.interleaves else 0
+    if not s.interleaves:
         # Nothing is reduced before the top block; the one below it has one block's activations less.
         reduced = max(0, reduced - attention_kept(s, positions, how) - mlp_kept(s, positions, how))
     split = s.stream(positions) // s.tp
@@ -381,14 +290,17 @@ def _backward_block(
 def _backward_mixer(book: Book, s: Sizes, *, accumulated: bool) -> None:
     """The K kept values add their gradients to the concept head's; the compress weight has its own."""
     assert s.concepts is not None
-    weight, kept = s.dictionary * s.model.d_model, s.tokens * s.concepts.top_k
+    weight, kept = s.dictionary * s.model.d_model, s.vectors * s.concepts.top_k
+    gradients = s.cast * weight
+    if s.concepts.mix != "none":
+        gradients = s.element * weight + FP32 * weight + kept * (FP32 + s.element + 3 * INT64)
     book.note(
         "backward: concept head",
         workspace=copied_shard(s),
-        sparse_gradients=s.element * weight + FP32 * weight + kept * (FP32 + s.element + 3 * INT64),
-        streams=2 * s.stream(s.tokens) // s.tp,
+        sparse_gradients=gradients,
+        streams=2 * s.stream(s.vectors) // s.tp,
         reduction_buffer=_reduction_buffer(s, accumulated),
-        gathered_weights=kept_in_backward(s, 0, s.concepts.insert_layer),
+        gathered_weights=kept_in_backward(s, 0, s.insert_layer),
     )
 
 

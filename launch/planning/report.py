@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from launch.planning.advice import advise, largest_microbatch
+from launch.planning.book import Moment
 from launch.planning.forecast import GIB, Plan
-from launch.planning.memory import Moment
 from launch.planning.traffic import sent
 
 _SHOWN = GIB // 200
@@ -115,11 +115,12 @@ def _assumed(plan: Plan) -> Iterator[str]:
     yield "Assumed"
     if teacher is not None:
         origin = "assumed, no config.json there" if teacher.assumed else "read"
+        reader = "" if plan.concepts is None else "; its autoencoder keeps concepts.top_k latents"
         yield (
             f"  teacher ({origin}): width {teacher.d_model}, {teacher.n_layer} blocks, vocabulary "
-            f"{teacher.vocab_size}; its autoencoder keeps concepts.top_k latents"
+            f"{teacher.vocab_size}{reader}"
         )
-    elif plan.concepts is not None:
+    elif plan.concepts is not None and plan.config.reads_labels:
         yield "  targets are read from the label cache; the time to fill it is not in the plan"
     yield (
         f"  the computation alone reaches {assumed.mfu:.0%} of the {plan.config.train.precision} peak of "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.planning.layout import Parameter, Unit, block_parameters
-from trainer.config import ConceptsConfig
+from trainer.config import ConceptsConfig, KdConfig, RunConfig
 from trainer.flops import TeacherShape
 from trainer.model.padding import padded
 
@@ -23,6 +23,8 @@ class Teacher:
     n_positions: int = 1024
     assumed: bool = True
     """No config.json was found, so these are the sizes of GPT-2 124M."""
+    element: int = 4
+    """Bytes of a weight and of an activation."""
 
     @property
     def shape(self) -> TeacherShape:
@@ -53,21 +55,34 @@ class Teacher:
         return blocks + self.root.shard_elements(1, ranks)
 
 
-def teacher_of(concepts: ConceptsConfig) -> Teacher:
-    """The teacher at ``concepts.teacher``, or GPT-2 124M where there is no readable config.json.
+def teacher_of(config: RunConfig) -> Teacher | None:
+    """The teacher that a student's run loads; GPT-2 124M where there is no readable config.json.
 
     Raises:
-        ValueError: the file is there but lacks a size, or the SAE's layer is not below its last block.
+        ValueError: the file is there but lacks a size, the SAE's layer is not below its last block, or a
+            distillation's vocabulary is not the student's.
     """
-    at = Path(concepts.teacher)
+    key = next((key for key in config.frozen_models if key.endswith(".teacher")), None)
+    if key is None:
+        return None
+    path = config.frozen_models[key]
+    at = Path(path)
     places = (at / "model" / "config.json", at / "config.json", at.parent / "config.json")
-    teacher = next((_read(path) for path in places if path.is_file()), Teacher())
-    if concepts.sae_layer > teacher.n_layer - 2:
+    teacher = next((_read(place) for place in places if place.is_file()), Teacher())
+    section = config.kd if key == "kd.teacher" else config.concepts
+    assert section is not None
+    if isinstance(section, ConceptsConfig) and section.sae_layer > teacher.n_layer - 2:
         raise ValueError(
-            f"concepts.sae_layer={concepts.sae_layer} must be from 0 to {teacher.n_layer - 2}: "
-            f"the teacher at {concepts.teacher} has {teacher.n_layer} blocks and one must follow the residual"
+            f"concepts.sae_layer={section.sae_layer} must be from 0 to {teacher.n_layer - 2}: "
+            f"the teacher at {path} has {teacher.n_layer} blocks and one must follow the residual"
         )
-    return teacher
+    assert config.model is not None
+    if isinstance(section, KdConfig) and teacher.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} must be {teacher.vocab_size}, the vocabulary of the "
+            f"teacher at {path}, for objective.name=kd"
+        )
+    return replace(teacher, element=2 if section.precision == "bf16" else 4)
 
 
 def _read(path: Path) -> Teacher:

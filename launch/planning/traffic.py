@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.planning.layout import Layout, Unit, concepts_of
-from launch.planning.memory import FP32, INT64
+from launch.planning.blocks import FP32, INT64, interleaves
+from launch.planning.layout import Layout, Unit
 from launch.planning.teacher import Teacher
-from trainer.config import ConceptsConfig, ModelConfig, RunConfig
+from trainer.config import ConceptsConfig, Insertion, ModelConfig, RunConfig
 
 Axis = Literal["dp_shard", "node", "dp_replicate", "tp", "dp", "replica"]
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
 
 FP64 = 8
-METRIC_SLOTS = {"ntp": 2, "cocomix": 7}
-"""Sums that an objective reports."""
+METRIC_SLOTS = {"ntp": 2, "pause": 2, "kd": 4, "cocomix": 7}
+"""Sums that an objective reports; without a concept loss it is next-token prediction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +77,11 @@ def sent(transfer: Transfer, layout: Layout) -> Sent:
 def plan_traffic(config: RunConfig, layout: Layout, teacher: Teacher | None) -> tuple[Transfer, ...]:
     """Every collective of a step on groups of more than one rank; those of a few bytes are left out."""
     assert config.model is not None
-    concepts = concepts_of(config)
     element = 2 if config.train.precision == "bf16" else FP32
     found = [
         *_weights(config, layout, element),
         *_gradients(layout),
-        *_tensor_parallel(config, config.model, concepts, layout, element),
+        *_tensor_parallel(config, config.model, layout, element),
         *_targets(config, layout, teacher),
         *_metrics(config, layout),
     ]
@@ -130,19 +129,25 @@ def _gradients(layout: Layout) -> Iterator[Transfer]:
 
 
 def _tensor_parallel(
-    config: RunConfig, model: ModelConfig, concepts: ConceptsConfig | None, layout: Layout, element: int
+    config: RunConfig, model: ModelConfig, layout: Layout, element: int
 ) -> Iterator[Transfer]:
     """Sequence parallelism around every sublayer, and what the heads exchange per token."""
     seq_len = config.data.seq_len
     tokens = layout.rows_per_rank * seq_len
-    stream = tokens * model.d_model * element
-    gathered, summed = _sublayers(model, concepts)
+    position = model.d_model * element
+    gathered, summed = _sublayers(model, config.insertion, tokens)
     # Backward gathers where forward summed, and sums where forward gathered.
     both = gathered + summed
-    again = _recomputed(model, concepts) if config.parallel.recompute == "full" else (0, 0)
-    yield Transfer("activations", "tp", "all-gather", (both + again[0]) * stream, exposed=True)
-    yield Transfer("activations", "tp", "reduce-scatter", (both + again[1]) * stream, exposed=True)
-    yield Transfer("LM head's exchange", "tp", "all-gather", 2 * FP32 * tokens * layout.tp, exposed=True)
+    again = _recomputed(model, config, tokens)
+    yield Transfer("activations", "tp", "all-gather", (both + again[0]) * position, exposed=True)
+    yield Transfer("activations", "tp", "reduce-scatter", (both + again[1]) * position, exposed=True)
+    numbers = 2
+    if config.objective.name == "kd":
+        assert config.kd is not None
+        numbers = 3 if config.kd.temperature == 1 else 4
+        yield Transfer("divergence", "tp", "all-reduce", FP32 * len(layout.microbatches), exposed=True)
+    exchange = numbers * FP32 * tokens * layout.tp
+    yield Transfer("LM head's exchange", "tp", "all-gather", exchange, exposed=True)
     whole = sum(
         parameter.elements(1) * count
         for unit, count in layout.units()
@@ -151,85 +156,108 @@ def _tensor_parallel(
     )
     size = FP32 if len(layout.microbatches) > 1 else element
     yield Transfer("gradients of whole weights", "tp", "all-reduce", size * whole, exposed=True)
-    if concepts is not None:
-        yield from _concept_path(model, concepts, layout, seq_len, element)
+    if config.predicted_concepts is not None:
+        learns = config.objective.concept_weight > 0
+        vectors = tokens // config.predicted_concepts.every
+        yield from _concept_path(model, config.predicted_concepts, layout, vectors, element, learns=learns)
 
 
-def _sublayers(model: ModelConfig, concepts: ConceptsConfig | None) -> tuple[int, int]:
-    """Streams of T positions that forward gathers and sums, embedding and LM head included."""
-    if concepts is None:
-        return 2 * model.n_layer + 1, 2 * model.n_layer + 1
-    lower = concepts.insert_layer
-    interleaved = model.n_layer - 1 - lower
-    # The last block reads 2T positions and updates T of them; the mixer gathers its input.
-    gathered = 2 * lower + 4 * interleaved + 3 + 1 + 1
-    summed = 2 * lower + 4 * interleaved + 2 + 1
+def _sublayers(model: ModelConfig, insertion: Insertion | None, tokens: int) -> tuple[int, int]:
+    """Positions that forward gathers and sums, embedding and LM head included."""
+    lower, upper, last = _positions(model, insertion, tokens)
+    # The last block reads the mixed stream and updates T positions of it; the mixer gathers its input.
+    mixer = tokens // insertion.every if isinstance(insertion, ConceptsConfig) else 0
+    gathered = 2 * lower + 2 * upper + last + (tokens if last else 0) + mixer + tokens
+    summed = 2 * lower + 2 * upper + (2 * tokens if last else 0) + tokens
     return gathered, summed
 
 
-def _recomputed(model: ModelConfig, concepts: ConceptsConfig | None) -> tuple[int, int]:
-    """Streams of T positions that blocks gather and sum again; recomputation stops before the last sum."""
-    if concepts is None:
-        return 2 * model.n_layer, model.n_layer
-    lower = concepts.insert_layer
-    interleaved = model.n_layer - 1 - lower
-    return 2 * lower + 4 * interleaved + 3, lower + 2 * interleaved + 1
+def _positions(model: ModelConfig, insertion: Insertion | None, tokens: int) -> tuple[int, int, int]:
+    """Positions of all blocks with T, of those with the mixed stream, and of the last one, if it has that."""
+    if insertion is None or not interleaves(insertion):
+        return model.n_layer * tokens, 0, 0
+    mixed = tokens + tokens // insertion.every
+    return insertion.insert_layer * tokens, (model.n_layer - 1 - insertion.insert_layer) * mixed, mixed
+
+
+def _recomputed(model: ModelConfig, config: RunConfig, tokens: int) -> tuple[int, int]:
+    """Positions that backward gathers and sums again; recomputation stops before a block's last sum."""
+    insertion, how = config.insertion, config.parallel.recompute
+    lower, upper, last = _positions(model, insertion, tokens)
+    if how == "none":
+        return 0, 0
+    if how == "selective":
+        # Rows that are not every other one are chosen by an index, which is known behind the attention's sum.
+        return 0, tokens if last and last != 2 * tokens else 0
+    if not last:
+        return 2 * lower, lower
+    return 2 * lower + 2 * upper + last + tokens, lower + upper + tokens
 
 
 def _concept_path(
-    model: ModelConfig, concepts: ConceptsConfig, layout: Layout, seq_len: int, element: int
+    model: ModelConfig, concepts: ConceptsConfig, layout: Layout, vectors: int, element: int, *, learns: bool
 ) -> Iterator[Transfer]:
-    """The dictionary's and the target ids' exchange."""
-    tokens = layout.rows_per_rank * seq_len
-    numbers = 2 + 2 * concepts.top_k
-    head = FP32 * numbers * tokens * layout.tp
+    """The dictionary's and the target ids' exchange, of the tokens that have a concept."""
+    head = FP32 * (2 + 2 * concepts.top_k) * vectors * layout.tp
     yield Transfer("concept head's exchange", "tp", "all-gather", head, exposed=True)
-    values = element * concepts.top_k * tokens
+    if learns:
+        ranks = (FP32 + INT64) * concepts.num_targets * vectors
+        yield Transfer("ranks of the targets", "tp", "all-reduce", ranks, exposed=True)
+    if concepts.mix == "none":
+        return
+    values = element * concepts.top_k * vectors
     yield Transfer("concept head's exchange", "tp", "all-reduce", values, exposed=True)
-    ranks = (FP32 + INT64) * concepts.num_targets * tokens
-    yield Transfer("ranks of the targets", "tp", "all-reduce", ranks, exposed=True)
-    columns = 2 * element * tokens * model.d_model // layout.tp
+    columns = 2 * element * vectors * model.d_model // layout.tp
     yield Transfer("mixed concepts", "tp", "all-to-all", columns, exposed=True)
 
 
 def _targets(config: RunConfig, layout: Layout, teacher: Teacher | None) -> Iterator[Transfer]:
-    """What target extraction exchanges: weights of a split teacher, then residuals or target ids."""
-    if teacher is None or config.concepts is None:
+    """What a teacher's readers exchange: weights of a split teacher, then states, residuals or target ids."""
+    if teacher is None:
         return
-    concepts, parallel, seq_len = config.concepts, config.parallel, config.data.seq_len
-    element = 2 if concepts.precision == "bf16" else FP32
-    if parallel.shard_teacher:
-        yield from _teacher_weights(concepts, layout, teacher, element)
+    parallel, seq_len = config.parallel, config.data.seq_len
     # Each rank computes an equal share of the rows, where need be one of them twice.
     rows = sum(-(-size // layout.tp) * layout.tp for size in layout.microbatches) * seq_len
+    concepts = config.predicted_concepts
+    if concepts is None:
+        states = teacher.element * teacher.d_model * rows
+        yield Transfer("final states of the teacher", "tp", "all-gather", states, exposed=True)
+        return
+    if parallel.shard_teacher:
+        yield from _teacher_weights(config, concepts, layout, teacher)
     if not parallel.shard_sae:
-        size = 2 * concepts.num_targets * rows
+        size = 2 * concepts.num_targets * rows // concepts.every
         yield Transfer("target ids", "tp", "all-gather", size, exposed=True)
         return
-    residuals = 2 * element * teacher.d_model * rows
+    parts = 2 if config.differentiates_teacher else 1
+    residuals = parts * teacher.element * teacher.d_model * rows // concepts.every
     yield Transfer("residuals and their gradients", "tp", "all-gather", residuals, exposed=True)
-    scores = FP32 * concepts.top_k * layout.rows_per_rank * seq_len
+    scores = FP32 * concepts.top_k * layout.rows_per_rank * seq_len // concepts.every
     candidates = 2 * layout.tp * scores
     yield Transfer("active latents", "tp", "all-gather", candidates, exposed=True)
-    yield Transfer("attribution", "tp", "all-reduce", scores, exposed=True)
+    if config.differentiates_teacher:
+        yield Transfer("attribution", "tp", "all-reduce", scores, exposed=True)
 
 
 def _teacher_weights(
-    concepts: ConceptsConfig, layout: Layout, teacher: Teacher, element: int
+    config: RunConfig, concepts: ConceptsConfig, layout: Layout, teacher: Teacher
 ) -> Iterator[Transfer]:
-    """Each microbatch gathers the root once, blocks once, and those above the residual again in backward."""
-    ranks, times = layout.replica, element * len(layout.microbatches)
+    """Each microbatch gathers root and blocks once; with gradients those above the residual twice."""
+    ranks, times = layout.replica, teacher.element * len(layout.microbatches)
     block, root = (unit.shard_elements(1, ranks) * ranks for unit in (teacher.block, teacher.root))
-    passes = teacher.n_layer + (teacher.n_layer - 1 - concepts.sae_layer)
+    passes = concepts.sae_layer + 1
+    if config.differentiates_teacher:
+        passes = teacher.n_layer + (teacher.n_layer - 1 - concepts.sae_layer)
     yield Transfer("weights of the teacher's blocks", "replica", "all-gather", times * passes * block)
     yield Transfer("weights of the teacher's root", "replica", "all-gather", times * root, exposed=True)
 
 
 def _metrics(config: RunConfig, layout: Layout) -> Iterator[Transfer]:
-    size = FP64 * METRIC_SLOTS[config.objective.name]
-    concepts = concepts_of(config)
+    concepts = config.predicted_concepts
+    learns = concepts is None or config.objective.concept_weight > 0
+    size = FP64 * METRIC_SLOTS[config.objective.name if learns else "ntp"]
     if concepts is not None:
-        size += 2 * (concepts.num_concepts + 1)
+        size += 2 * INT64 * (concepts.num_concepts + 1)
     yield Transfer("metrics", "dp", "all-reduce", size, exposed=True)
     if config.data.mask_documents or config.data.on_damage == "skip":
         yield Transfer("tokens that have a label", "dp", "all-reduce", INT64, exposed=True)

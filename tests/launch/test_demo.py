@@ -32,7 +32,10 @@ TINY = (
     "--log.peak_tflops=1",
     "--log.sample_tokens=4",
 )
-NAMES = ["data", "teacher", "sae", "cocomix", "ntp", "comparison"]
+NAMES = [
+    *("data", "teacher", "sae", "cocomix", "ntp", "comparison"),
+    *("evaluation of cocomix", "evaluation of ntp", "concepts"),
+]
 
 
 def stages_by_name(out: Path, *extra: str) -> dict[str, Stage]:
@@ -102,13 +105,16 @@ def test_a_finished_stage_is_skipped_unless_it_is_another_one(tmp_path: Path) ->
     assert is_finished(stages["ntp"])
 
 
-def test_an_old_comparison_is_made_again(tmp_path: Path) -> None:
-    """Catches a table of runs that have been replaced."""
+def test_old_results_are_made_again(tmp_path: Path) -> None:
+    """Catches tables and pages of runs that have been replaced."""
     stages = stages_by_name(tmp_path)
     for age, stage in enumerate(reversed(stages.values())):
         finish(stage, 10.0 * age)
     finish(stages["ntp"])
     assert not is_finished(stages["comparison"])
+    assert not is_finished(stages["evaluation of ntp"])
+    assert is_finished(stages["evaluation of cocomix"])
+    assert is_finished(stages["concepts"])
 
 
 @pytest.mark.parametrize(
@@ -263,7 +269,7 @@ def test_stops_cleanly_and_goes_on_to_the_end(tmp_path: Path, start: Callable[[]
     assert [event["kind"] for event in events(out / "teacher")][-1] == "preempt"
     second = start()
     second.stop_when(has_records(out / "cocomix"), signal.SIGTERM)
-    assert "[1/6] data: finished before" in second.output
+    assert "[1/9] data: finished before" in second.output
     assert "resume" in [event["kind"] for event in events(out / "teacher")]
     assert [event["kind"] for event in events(out / "cocomix")][-1] == "preempt"
     third = start().finish()
@@ -273,13 +279,19 @@ def test_stops_cleanly_and_goes_on_to_the_end(tmp_path: Path, start: Callable[[]
         "lowest loss",
         "teacher: validation loss",
         "normalised MSE",
+        "ntp on validation windows:",
+        "recall@A",
         "text sampled from ntp",
+        "steered in one concept",
+        "=-10 | ",
         "total",
+        str(out / "cocomix" / "inspect" / "index.html"),
     ):
         assert text in third
+    assert "Concepts of cocomix" in (out / "cocomix" / "inspect" / "index.html").read_text()
     assert (out / "comparison" / "curves.png").stat().st_size > 10_000
     numbers = json.loads((out / "comparison" / "comparison.json").read_text())
     assert numbers["at_equal"]["tokens"]["budget"] == 6 * 8 * 256
     fourth = start().finish()
-    assert fourth.count("finished before") == 6
+    assert fourth.count("finished before") == len(NAMES)
     assert "tensorboard --logdir" in fourth

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from launch import plan as command
-from launch.planning import layout, memory, traffic
+from launch.planning import layout, memory, targets, traffic
 from launch.planning.advice import advise, largest_microbatch
 from launch.planning.check import Comparison, compare
 from launch.planning.forecast import Assumptions, Plan, make_plan
@@ -151,6 +151,83 @@ VARIANTS = {
     ),
     "documents, next token": ("1b_ntp", 8, (*SHALLOW, "--train.batch_size=64", "--data.mask_documents=true")),
     "rows that may be skipped": ("69m_ntp", 8, ("--data.on_damage=skip", "--train.batch_size=64")),
+    "distillation": ("1b_ntp", 8, (*SHALLOW, "--objective.name=kd", "--train.batch_size=64")),
+    "distillation, tp": (
+        "69m_ntp",
+        8,
+        (
+            *("--objective.name=kd", "--kd.temperature=2", "--kd.precision=fp32"),
+            *("--train.batch_size=64", "--parallel.tp=2"),
+        ),
+    ),
+    "pauses": ("1b", 8, (*SHALLOW, "--objective.name=pause", "--train.batch_size=64")),
+    "pauses, tp": (
+        "1b",
+        8,
+        (
+            *(*SHALLOW, "--objective.name=pause", "--pause.every=2", "--train.batch_size=64"),
+            *("--parallel.tp=2", "--parallel.recompute=full"),
+        ),
+    ),
+    "targets by activation": (
+        "1b",
+        8,
+        (*SHALLOW, *SPLIT, "--concepts.targets=activation", "--concepts.every=2", "--train.batch_size=64"),
+    ),
+    "random targets": ("1b", 8, (*SHALLOW, "--concepts.targets=random", "--train.batch_size=64")),
+    "mixing alone": ("1b", 8, (*SHALLOW, "--objective.concept_weight=0", "--train.batch_size=64")),
+    "mixing alone, tp": (
+        "1b",
+        8,
+        (*SHALLOW, "--objective.concept_weight=0", "--train.batch_size=64", "--parallel.tp=2"),
+    ),
+    "prediction alone": ("1b", 8, (*SHALLOW, "--concepts.mix=none", "--train.batch_size=64")),
+    "prediction alone, tp": (
+        "1b",
+        8,
+        (*SHALLOW, "--concepts.mix=none", "--train.batch_size=64", "--parallel.tp=2"),
+    ),
+    "added": ("1b", 8, (*SHALLOW, "--concepts.mix=add", "--train.batch_size=64")),
+    "added, tp": (
+        "1b",
+        8,
+        (
+            *(*SHALLOW, "--concepts.mix=add", "--train.batch_size=64"),
+            *("--parallel.tp=2", "--parallel.recompute=full"),
+        ),
+    ),
+    "every fourth token": ("1b", 8, (*SHALLOW, "--concepts.every=4", "--train.batch_size=64")),
+    "every fourth token, tp": (
+        "1b",
+        8,
+        (
+            *(*SHALLOW, "--concepts.every=4", "--train.batch_size=64"),
+            *("--parallel.tp=2", "--parallel.recompute=selective"),
+        ),
+    ),
+    "every second token, recomputed": (
+        "1b",
+        8,
+        (*SHALLOW, "--concepts.every=2", "--train.batch_size=64", "--parallel.recompute=full"),
+    ),
+    "documents, distillation": (
+        "1b_ntp",
+        8,
+        (*SHALLOW, "--objective.name=kd", "--train.batch_size=64", "--data.mask_documents=true"),
+    ),
+    "documents, pauses": (
+        "1b",
+        8,
+        (
+            *(*SHALLOW, "--objective.name=pause", "--pause.every=4", "--train.batch_size=64"),
+            *("--data.mask_documents=true", "--parallel.tp=2"),
+        ),
+    ),
+    "documents, added": (
+        "1b",
+        8,
+        (*SHALLOW, "--concepts.mix=add", "--train.batch_size=64", "--data.mask_documents=true"),
+    ),
     "untied head": ("69m_ntp", 8, ("--model.tied_head=false", "--train.batch_size=64")),
 }
 
@@ -253,8 +330,8 @@ PLANTED: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
     "peak: backward: gathered": (memory, "kept_in_backward", partial(_scaled, 0.5)),
     "optimizer: one moment": (memory, "COPIES_OF_ADAM", lambda _: 1),
     "parameters: a bias": (layout, "block_parameters", lambda whole: lambda width: whole(width)[1:]),
-    "peak: targets: gathered": (memory, "_teacher_gathered", lambda _: lambda *args: 0),
-    "peak: targets: whole dictionary": (memory, "latents_held", partial(_scaled, 2)),
+    "peak: targets: gathered": (targets, "_teacher_gathered", lambda _: lambda *args: 0),
+    "peak: targets: whole dictionary": (targets, "latents_held", partial(_scaled, 2)),
     "tp all-gather: one more": (traffic, "_sublayers", _plus_one),
     "dp_shard reduce-scatter: bf16": (traffic, "FP32", lambda _: 2),
     "replica all-gather: shards": (traffic, "_teacher_weights", _without_the_last),
@@ -338,9 +415,49 @@ def test_bad_input(arguments: tuple[str, ...], expected: str, capsys: pytest.Cap
 
 
 def test_an_objective_without_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a plan of the wrong model: an autoencoder's run has no student."""
-    assert command.main(["--config", str(CONFIGS / "demo_sae.yaml")]) == 2
-    assert "objective.name=sae" in capsys.readouterr().err
+    """Catches a plan of the wrong model: an autoencoder's run has no student, a regression other maps."""
+    for arguments, expected in (
+        (["demo_sae.yaml"], "objective.name=sae cannot be planned: it trains no student"),
+        (["1b.yaml", "--objective.regression=l2"], "objective.regression=l2 cannot be planned: no formula"),
+        (["demo_ntp.yaml", "--objective.name=kd"], "model.vocab_size=4096 must be 50257"),
+    ):
+        assert command.main(["--config", str(CONFIGS / arguments[0]), *arguments[1:]]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert expected in line
+
+
+def test_advice_fits_the_objective() -> None:
+    """Catches advice that the configuration refuses, such as a distillation's teacher that is split."""
+    for name, *overrides in (
+        ("1b_ntp", "--objective.name=kd", "--kd.precision=fp32"),
+        ("1b", "--objective.name=pause"),
+        ("1b", "--objective.concept_weight=0"),
+        ("1b", "--concepts.targets=activation"),
+    ):
+        plan = plan_of(name, *overrides, ranks=8, gpu_memory_gb=24)
+        switches = [advice.switch for advice in advise(plan)]
+        assert switches
+        for switch in switches:
+            if not switch.startswith("--nodes"):
+                plan_of(name, *overrides, *switch.split(), ranks=8)
+        assert ("--kd.precision=bf16" in switches) == (name == "1b_ntp")
+
+
+def test_what_an_objective_costs() -> None:
+    """Catches FLOPs of models that are not run, or none of those that are."""
+    plain, kd = plan_of("1b_ntp"), plan_of("1b_ntp", "--objective.name=kd")
+    assert kd.flops.total - plain.flops.total == sum(
+        part.total for name, part in kd.flops.parts.items() if name.startswith("teacher")
+    )
+    full = plan_of("1b")
+    assert set(full.flops.parts) - set(plan_of("1b", "--concepts.targets=activation").flops.parts) == {
+        "teacher_head",
+        "attribution",
+    }
+    assert plan_of("1b", "--objective.concept_weight=0").teacher is None
+    paused = plan_of("1b", "--objective.name=pause")
+    assert paused.num_parameters == plan_of("1b_ntp", "--model.d_model=2048").num_parameters + 2048
+    assert plan_of("1b", "--concepts.every=4").timing.compute_s < full.timing.compute_s
 
 
 # The verdict

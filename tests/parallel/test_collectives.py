@@ -8,20 +8,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.collectives import Agreement, Flags, max_over_ranks, min_over_ranks, sum_over_ranks
+from parallel.collectives import Agreement, Flags, min_over_ranks, sum_over_ranks
 from parallel.config import ParallelConfig
 from parallel.mesh import build_mesh
 from parallel.world import World
 from tests.ranks import RankError, run_ranks
 
 
-def _reduce(world: World) -> tuple[list[float], list[float], list[int], list[float]]:
+def _reduce(world: World) -> tuple[list[float], list[int], list[float]]:
     mesh = build_mesh(ParallelConfig(dp_replicate=2 if world.size == 4 else 1), world)
     own = torch.tensor([world.rank + 1.0, -world.rank])
     counts = torch.tensor([[world.rank], [1]], dtype=torch.int64).T
     return (
         sum_over_ranks(own, mesh).tolist(),
-        max_over_ranks(own, mesh).tolist(),
         min_over_ranks(counts, mesh).flatten().tolist(),
         own.tolist(),
     )
@@ -32,9 +31,8 @@ def _reduce(world: World) -> tuple[list[float], list[float], list[int], list[flo
 def test_reductions_span_all_data_parallel_ranks(world_size: int) -> None:
     """Catches a sum over the shard axis alone (4 ranks are 2 x 2), and a changed argument."""
     ranks = range(world_size)
-    for rank, (total, maximum, minimum, own) in enumerate(run_ranks(_reduce, world_size)):
+    for rank, (total, minimum, own) in enumerate(run_ranks(_reduce, world_size)):
         assert total == [sum(r + 1 for r in ranks), -sum(ranks)]
-        assert maximum == [world_size, 0]
         assert minimum == [0, 1]
         assert own == [rank + 1.0, -rank]
 

@@ -30,7 +30,7 @@ from trainer.config import LogConfig
 from trainer.metrics.device import device_peak_flops, measure_matmul_flops, memory_peak_bytes
 from trainer.metrics.json_lines import JsonLines, read_json_lines
 from trainer.metrics.logger import MetricsLogger
-from trainer.metrics.sums import ConceptUsage, Mean, StepMetrics
+from trainer.metrics.sums import DENSITY_LIMITS, ConceptUsage, Mean, StepMetrics
 
 CPU = torch.device("cpu")
 NTP_MEANS = (Mean("loss_ntp", "ntp_nats", "tokens"), Mean("loss_total", "total_nats", "tokens"))
@@ -98,7 +98,10 @@ def test_means_and_shares_over_ranks() -> None:
             metrics.add(targets=4 * world.rank, target_hits=3 * world.rank, target_ranks=0.0)
         usage = ConceptUsage(8, CPU)
         usage.add(torch.tensor([[world.rank]]), torch.tensor([[2, 3 + world.rank]]))
-        means = metrics.reduce(all_reduce(dist.ReduceOp.SUM)) | usage.reduce(all_reduce(dist.ReduceOp.MAX))
+        found = usage.reduce(all_reduce(dist.ReduceOp.SUM))
+        means = metrics.reduce(all_reduce(dist.ReduceOp.SUM)) | found.shares
+        assert found.histograms["concepts/density_targeted"].tolist() == [6, *[0] * 22, 2, 0]  # 2 in half
+        assert found.histograms["concepts/density_used"].tolist() == [5, *[0] * 22, 2, 1]  # 1 in all tokens
         return {name: value.item() for name, value in means.items()}
 
     results = run_ranks(step, 2)
@@ -130,11 +133,29 @@ def test_masked_targets_are_not_used_concepts() -> None:
     usage = ConceptUsage(4, CPU)
     mask = torch.tensor([[True, False]])
     usage.add(torch.tensor([[3, 1]], dtype=torch.int32), torch.tensor([[0]]), mask)
-    assert {name: value.item() for name, value in usage.reduce(lambda seen: seen).items()} == {
+    assert {name: value.item() for name, value in usage.reduce(lambda counts: counts).shares.items()} == {
         "concept_share_targeted": 0.25,
         "concept_share_used": 0.25,
     }
-    assert usage.reduce(lambda seen: seen)["concept_share_used"].item() == 0.0
+    assert usage.reduce(lambda counts: counts).shares["concept_share_used"].item() == 0.0
+
+
+def test_concepts_are_counted_by_how_often_they_occur() -> None:
+    """Catches counts per microbatch in place of all tokens, bins that are off by one, lost concepts."""
+    generator = torch.Generator().manual_seed(0)
+    usage = ConceptUsage(50, CPU)
+    kept = torch.stack([torch.randperm(20, generator=generator)[:3] ** 2 // 8 for _ in range(400)])
+    for part in kept.split(150):
+        usage.add(part[:, :0], part)
+    found = usage.reduce(lambda counts: counts).histograms["concepts/density_used"].tolist()
+    density = torch.bincount(kept.flatten(), minlength=50).double() / 400
+    lower = -math.inf
+    for limit, count in zip(DENSITY_LIMITS, found, strict=True):
+        assert count == int(((density > 10**lower) & (density <= 10**limit)).sum()) + (
+            int((density == 0).sum()) if lower == -math.inf else 0
+        )
+        lower = limit
+    assert sum(found) == 50
 
 
 def test_records_are_written_one_step_late(tmp_path: Path) -> None:
@@ -292,12 +313,19 @@ def ask(url: str, body: dict[str, Any] | None = None) -> Any:
         return json.load(answer)
 
 
-def await_tags(address: str, plugin: str) -> Any:
-    """The server reads its files in the background."""
+def await_tags(address: str, plugin: str, run: str = ".") -> Any:
+    """Tags of a run; the server reads its files in the background."""
     deadline = time.monotonic() + 20
-    while not (tags := ask(f"{address}data/plugin/{plugin}/tags")) and time.monotonic() < deadline:
+    while run not in (tags := ask(f"{address}data/plugin/{plugin}/tags")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return tags["."]
+    return tags[run]
+
+
+def ask_bins(address: str, tag: str) -> list[tuple[float, float, float]]:
+    """Left and right edge and count of each bin of a run's newest histogram."""
+    query = urllib.parse.urlencode({"run": ".", "tag": tag})
+    points: list[Any] = ask(f"{address}data/plugin/histograms/histograms?{query}")
+    return [(left, right, count) for left, right, count in points[-1][2]]
 
 
 # The little run of these tests has no such values.
@@ -318,6 +346,10 @@ def write_and_resume(run_dir: Path) -> None:
     with running(run_dir, tensorboard=True, resume_step=2) as log:
         submit(log, 3, loss_ntp=torch.tensor(30.0), grad_norm=torch.tensor(1.0))
         log.validation(3, {"loss_ntp": 2.0, "loss_ntp/web": 1.5})
+        usage = ConceptUsage(8, CPU)
+        usage.add(torch.tensor([[1], [1]]), torch.tensor([[1, 2], [1, 3]]))
+        found = usage.reduce(lambda counts: counts)
+        log.submit(4, 40, found.shares, {}, found.histograms)
         log.samples(3, {"def": " f():\n    pass"})
         log.flush()
         log.hparams({"optim": {"lr": 0.1, "betas": (0.9, 0.95)}, "sae": None}, {"val_loss_ntp": 2.0})
@@ -349,6 +381,9 @@ def test_tensorboard_serves_the_run(tmp_path: Path) -> None:
             curves = ask(f"{address}data/plugin/custom_scalars/scalars?{query}")
             assert curves["regex_valid"]
             assert set(curves["tag_to_events"]) <= set(shown)
+        bins = ask_bins(address, "concepts/density_used")
+        assert [round(count) for _, _, count in bins if count > 0.5] == [5, 2, 1]
+        assert sum(count for _, right, count in bins if right <= -5.9) == pytest.approx(5)
         assert {"config/text_summary", "samples/0/text_summary"} <= set(await_tags(address, "text"))
         experiment = ask(f"{address}data/plugin/hparams/experiment", {"experimentName": ""})
         assert {info["name"] for info in experiment["hparamInfos"]} == {"optim.lr", "optim.betas", "sae"}
@@ -455,8 +490,9 @@ def test_no_host_synchronisation_on_cuda(tmp_path: Path) -> None:
             for step in (1, 2, 3):
                 metrics.add(tokens=2, ntp_nats=losses[step - 1], total_nats=0)
                 usage.add(ids, ids, ids > 1)
-                means = metrics.reduce(lambda sums: sums) | usage.reduce(lambda seen: seen)
-                log.submit(step, step, means, {})
+                used = usage.reduce(lambda counts: counts)
+                means = metrics.reduce(lambda sums: sums) | used.shares
+                log.submit(step, step, means, {}, used.histograms)
                 metrics.reset()
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -2,8 +2,9 @@
 
 RUN_A is the baseline. Losses are compared three ways, at equal tokens, equal model FLOPs and equal
 seconds of training, because fewer tokens need not mean less compute. Runs that differ by their seeds
-alone are also shown as one, with confidence intervals. With ``--out`` the folder gets
-``comparison.md``, ``comparison.json``, ``curves.csv`` and ``curves.png``.
+alone are also shown as one, with confidence intervals; ``--seeds`` shows nothing else. With ``--out`` the
+folder gets ``comparison.md``, ``comparison.json``, ``curves.csv`` and ``curves.png``, and with seeds their
+tables alone as ``seeds.md``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from data.files import replace_text
 from data.manifest import MANIFEST_NAME, read_manifest
 from trainer.analysis.compare_budgets import Comparison, Run, compare
 from trainer.analysis.compare_plot import check_plot_installed, write_plot
-from trainer.analysis.compare_report import to_csv, to_json, to_markdown
+from trainer.analysis.compare_report import seeds_markdown, to_csv, to_json, to_markdown
 from trainer.analysis.compare_seeds import Setting, group_by_seed
 from trainer.analysis.curves import read_curve
 from trainer.config import RunConfig
@@ -115,21 +116,30 @@ def _read_run(name: str, folder: Path, config: RunConfig) -> Run:
 
 
 def write_comparison(out: Path, comparison: Comparison, settings: Sequence[Setting]) -> None:
-    """Write the four files; each appears whole or not at all."""
+    """Write the four files, and ``seeds.md`` where there are seeds; each appears whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
     curves = [run.curve for run in comparison.runs]
     write_plot(out / "curves.png", settings)
     replace_text(out / "curves.csv", to_csv(curves))
     replace_text(out / "comparison.json", json.dumps(to_json(comparison, settings), indent=2) + "\n")
+    if any(len(setting.runs) > 1 for setting in settings):
+        replace_text(out / "seeds.md", seeds_markdown(settings))
     replace_text(out / "comparison.md", to_markdown(comparison, settings))
+
+
+def _check_seeds(settings: Sequence[Setting]) -> None:
+    if len(settings) < 2 or all(len(setting.runs) == 1 for setting in settings):
+        raise ValueError("--seeds needs at least two settings and several seeds of one of them")
 
 
 def _main(args: argparse.Namespace) -> None:
     if args.out is not None:
         check_plot_installed()
     settings = read_runs(args.runs)
+    if args.seeds:
+        _check_seeds(settings)
     comparison = compare([run for setting in settings for run in setting.runs])
-    print(to_markdown(comparison, settings), end="")
+    print(seeds_markdown(settings) if args.seeds else to_markdown(comparison, settings), end="")
     if args.out is not None:
         write_comparison(args.out, comparison, settings)
 
@@ -142,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory; the first is A")
+    parser.add_argument("--seeds", action="store_true", help="show settings over their seeds, no single runs")
     parser.add_argument("--out", type=Path, help="folder for comparison.md, .json, curves.csv and curves.png")
     return run_cli(_main, parser, argv)
 

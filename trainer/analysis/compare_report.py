@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from trainer.analysis.compare_budgets import Comparison
-from trainer.analysis.compare_seeds import Estimate, OverSeeds, Setting, over_seeds
+from trainer.analysis.compare_seeds import Estimate, Setting, over_seeds
 from trainer.analysis.curves import Cost, Curve, Point
 from trainer.analysis.tables import markdown_table
 
@@ -34,8 +34,8 @@ _HEADS = MappingProxyType({"tokens": "tokens", "flops": "FLOPs", "seconds": "sec
 
 
 def to_markdown(comparison: Comparison, settings: Sequence[Setting] = ()) -> str:
-    """Both tables, what each column says, and the caveats; with several seeds of a setting a third table."""
-    seeds = over_seeds(settings) if any(len(setting.runs) > 1 for setting in settings) else ()
+    """Both tables, with several seeds of a setting those over seeds, and the caveats."""
+    several = any(len(setting.runs) > 1 for setting in settings)
     unfinished = [
         f"{run.curve.name} is unfinished: validated up to step {run.curve.final.step} of {run.planned_steps}."
         for run in comparison.runs
@@ -48,9 +48,9 @@ def to_markdown(comparison: Comparison, settings: Sequence[Setting] = ()) -> str
         f"(relative to {comparison.names[0]})",
         markdown_table(_cost_rows(comparison)),
     ]
-    caveats = [*unfinished, *CAVEATS, INTERVALS if seeds else SINGLE_RUNS]
-    if seeds:
-        parts += ["Over seeds, relative to " + settings[0].name, markdown_table(_seed_rows(settings, seeds))]
+    caveats = [*unfinished, *CAVEATS, INTERVALS if several else SINGLE_RUNS]
+    if several:
+        parts += _over_seeds(settings)
     parts.append("\n".join(f"- {line}" for line in caveats))
     return "\n\n".join(parts) + "\n"
 
@@ -74,29 +74,46 @@ def _cost_rows(comparison: Comparison) -> list[list[str]]:
     return [*rows, ["**least spent**", *best]]
 
 
-def _seed_rows(settings: Sequence[Setting], seeds: Sequence[OverSeeds]) -> list[list[str]]:
-    head = ["setting", "seeds"]
-    for item in seeds:
-        name = _HEADS[item.axis]
-        head += [f"loss at {quantity(item.budget)} {name}", "difference", f"{name} to its final loss"]
-    rows = [head]
+def seeds_markdown(settings: Sequence[Setting]) -> str:
+    """Settings over their seeds alone, with what a reader must know: for a log of experiments."""
+    caveats = "\n".join(f"- {line}" for line in (*CAVEATS, INTERVALS))
+    return "\n\n".join([*_over_seeds(settings), caveats]) + "\n"
+
+
+def _over_seeds(settings: Sequence[Setting]) -> list[str]:
+    """Losses, differences to the first setting, and what its loss costs: a heading and a table each."""
+    seeds, baseline = over_seeds(settings), settings[0].name
+    budgets = [f"at {quantity(item.budget)} {_HEADS[item.axis]}" for item in seeds]
+    losses = [["setting", "seeds", *budgets, "parameters", "FLOPs per token"]]
+    differences = [["setting", *(f"at equal {_HEADS[item.axis]}" for item in seeds)]]
+    costs = [["setting", *(_HEADS[item.axis] for item in seeds)]]
     for index, setting in enumerate(settings):
-        row = [setting.name, str(len(setting.runs))]
-        for item in seeds:
-            row += [
-                _estimate_text(item.losses[index], "not validated so early"),
-                _estimate_text(item.differences[index], "-") if index else "",
-                _estimate_text(item.costs[index], "not reached", digits=2, unit="x"),
-            ]
-        rows.append(row)
-    return rows
+        found = [_estimate_text(item.losses[index], "not validated so early") for item in seeds]
+        run = setting.runs[0]
+        sizes = [f"{run.parameters:,}", quantity(run.flops_per_token)]
+        losses.append([setting.name, str(len(setting.runs)), *found, *sizes])
+        if index:
+            found = [_estimate_text(item.differences[index], "-", sign=True) for item in seeds]
+            differences.append([setting.name, *found])
+        found = [_estimate_text(item.costs[index], "not reached", digits=2, unit="x") for item in seeds]
+        costs.append([setting.name, *found])
+    return [
+        "Validation loss over seeds, nats per token",
+        markdown_table(losses),
+        f"Difference to {baseline}; below 0 is better",
+        markdown_table(differences),
+        f"Spent until the final loss that every seed of {baseline} reached, relative to {baseline}",
+        markdown_table(costs),
+    ]
 
 
-def _estimate_text(value: Estimate | None, missing: str, digits: int = 4, unit: str = "") -> str:
+def _estimate_text(
+    value: Estimate | None, missing: str, digits: int = 4, unit: str = "", *, sign: bool = False
+) -> str:
     if value is None:
         return missing
     spread = "" if value.half_width is None else f" ± {value.half_width:.{digits}f}"
-    return f"{value.mean:.{digits}f}{spread}{unit}"
+    return f"{value.mean:{'+' if sign else ''}.{digits}f}{spread}{unit}"
 
 
 def winner(names: Sequence[str], values: Sequence[float | None]) -> str:

@@ -52,8 +52,8 @@ class OverSeeds:
     differences: tuple[Estimate | None, ...]
     """Those less the first setting's; 0 for the first."""
     costs: tuple[Estimate | None, ...]
-    """Spent until the first setting's mean final loss, relative to its own mean cost; None where a run did
-    not reach it."""
+    """Spent until the highest final loss of the first setting's runs, which all of them reached, relative to
+    their mean cost; None where a run did not reach it."""
 
 
 def group_by_seed(configs: Sequence[RunConfig], runs: Sequence[Run]) -> list[Setting]:
@@ -82,8 +82,7 @@ def over_seeds(settings: Sequence[Setting]) -> tuple[OverSeeds, ...]:
 def _along(axis: Axis, settings: Sequence[Setting]) -> OverSeeds:
     budget = common_budget([run.curve for setting in settings for run in setting.runs], axis)
     losses = [_known([run.curve.loss_at(axis, budget) for run in setting.runs]) for setting in settings]
-    finals = [run.curve.final.loss for run in settings[0].runs]
-    target = sum(finals) / len(finals)
+    target = max(run.curve.final.loss for run in settings[0].runs)
     costs = []
     for setting in settings:
         reached = [run.curve.cost_of(axis, target) for run in setting.runs]

@@ -114,11 +114,15 @@ def scalars(reports: dict[str, ValidationReport]) -> dict[str, float]:
     return points
 
 
+def validation_path(run: Path, step: int) -> Path:
+    """Where the report on the weights after ``step`` is written last."""
+    return run / "evaluation" / f"validation_{step:08d}.json"
+
+
 def store(run: Path, step: int, reports: dict[str, ValidationReport]) -> Path:
     """Write JSON, table and curves of the weights after ``step``; returns the JSON's path."""
-    folder = run / "evaluation"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"validation_{step:08d}.json"
+    path = validation_path(run, step)
+    path.parent.mkdir(exist_ok=True)
     body = {"step": step, "sources": {name: report.to_json() for name, report in reports.items()}}
     replace_text(path.with_suffix(".md"), to_markdown(reports))
     replace_text(path, json.dumps(body, indent=2, sort_keys=True) + "\n")

@@ -153,17 +153,18 @@ def to_text(samples: Sequence[Sample], *, table: bool) -> str:
 
 
 def _table(samples: Sequence[Sample]) -> str:
-    """Strengths side by side: a text per line, its line breaks spelled out."""
-    lines = []
-    width = max(len(_steer_text(sample.steer)) for sample in samples)
-    for prompt in dict.fromkeys(sample.prompt for sample in samples):
-        lines.append(f"prompt: {_on_one_line(prompt)}")
-        lines += [
-            f"  {_steer_text(sample.steer):>{width}} | {_on_one_line(sample.text)}"
-            for sample in samples
-            if sample.prompt == prompt
-        ]
-    return "\n".join(lines)
+    """A table for each prompt."""
+    rows: dict[str, list[tuple[dict[int, float], str]]] = {}
+    for sample in samples:
+        rows.setdefault(sample.prompt, []).append((sample.steer, sample.text))
+    return "\n".join(side_by_side(prompt, texts) for prompt, texts in rows.items())
+
+
+def side_by_side(prompt: str, rows: Sequence[tuple[dict[int, float], str]]) -> str:
+    """Continuations of a prompt under their strengths: one per line, its line breaks spelled out."""
+    width = max(len(_steer_text(steer)) for steer, _ in rows)
+    lines = [f"  {_steer_text(steer):>{width}} | {_on_one_line(text)}" for steer, text in rows]
+    return "\n".join([f"prompt: {_on_one_line(prompt)}", *lines])
 
 
 def _steer_text(steer: dict[int, float]) -> str:

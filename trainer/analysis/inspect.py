@@ -2,15 +2,15 @@
 
 Streams the validation windows once and writes ``RUN/inspect/index.html``: every concept with how often it is
 used, where it is strongest in teacher and student, which tokens it promotes and how well both agree; texts
-with the concepts predicted at each token; continuations under steering; the norms of W_comp. The page needs
-no network.
+with the concepts predicted at each token; continuations under steering, which are also written beside it as
+``steering.txt`` and to TensorBoard; the norms of W_comp. The page needs no network.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from data.files import replace_text
 from data.loader import validation_batches
 from data.manifest import DataError
 from parallel.world import choose_device
+from trainer.analysis.generate import side_by_side
 from trainer.analysis.inspect_collect import (
     NO_TOKEN,
     TOKENS_BEFORE,
@@ -32,6 +33,7 @@ from trainer.analysis.inspect_collect import (
     collect,
     kept_concepts,
     promoted_tokens,
+    spread,
 )
 from trainer.analysis.inspect_page import (
     SMALL_NORM,
@@ -48,9 +50,12 @@ from trainer.analysis.windows import validation_sources, validation_windows
 from trainer.checkpoint.store import CheckpointError
 from trainer.concepts.extractor import TargetExtractor
 from trainer.kernels.reference import MASKED_TARGET
+from trainer.metrics.tensorboard import TensorBoard
 from trainer.model.cocomix import CoCoMix
 from trainer.model.documents import Documents, split_windows
 
+PAGE_NAME = "index.html"
+STEERING_NAME = "steering.txt"
 STEER_STRENGTHS = (-10.0, -5.0, 0.0, 1.0, 5.0, 10.0)
 
 _VALIDATION_TEXTS = 2
@@ -81,8 +86,6 @@ def open_subject(args: argparse.Namespace) -> Subject:
     trained = open_trained(args.run, args.tokenizer)
     if not isinstance(trained.model, CoCoMix):
         raise ValueError(f"{args.run}: its model predicts no concepts, so there is nothing to inspect")
-    if trained.model.mixing.every > 1:
-        raise ValueError(f"{args.run}: concepts.every={trained.model.mixing.every} must be 1 to be inspected")
     device = choose_device(args.device)
     model = trained.model.to(device)
     extractor = None
@@ -118,6 +121,7 @@ def _payload(subject: Subject, found: ConceptStatistics, args: argparse.Namespac
     return {
         "source": subject.trained.source,
         "tokens": found.num_tokens,
+        "every": subject.model.mixing.every,
         "num_concepts": subject.model.mixer.num_concepts,
         "teacher": found.teacher is not None,
         "agreement": int(found.recalled.sum()) / targeted if targeted else None,
@@ -155,14 +159,14 @@ def _concepts(
             "id": concept,
             "norm": round(float(norms[concept]), 5),
             "student": {
-                "density": int(found.student.active[concept]) / found.num_tokens,
+                "density": int(found.student.active[concept]) / found.num_places,
                 "contexts": contexts_json(student, pieces, from_zero=False),
                 **_promotion(lens, row, pieces),
             },
         }
         if found.teacher is not None and teacher_lens is not None:
             body["teacher"] = {
-                "density": int(found.teacher.active[concept]) / found.num_tokens,
+                "density": int(found.teacher.active[concept]) / found.num_places,
                 "contexts": contexts_json(found.teacher.contexts(concept), pieces, from_zero=True),
                 **_promotion(teacher_lens, row, pieces),
             }
@@ -193,21 +197,29 @@ def _texts(subject: Subject, pieces: Pieces, args: argparse.Namespace) -> list[d
 
 
 def _text(subject: Subject, label: str, tokens: Sequence[int], pieces: Pieces) -> dict[str, Any]:
-    """Concepts at each token: those predicted, and the teacher's targets where there is a next token."""
+    """Concepts at each token: those predicted, and the teacher's targets where there is a next token.
+
+    Tokens between those that have a concept get empty lists.
+    """
     input_ids = torch.tensor([tokens], device=subject.device)
     end_id = subject.trained.document_end
     documents = None if end_id is None else Documents.ended_by(input_ids, end_id)
     kept = kept_concepts(subject.model, input_ids, documents)
     values, ids = (part[0, :, :_SHOWN_PER_TOKEN].cpu() for part in kept)
+    there = values[:, 0].isfinite().tolist()
     body: dict[str, Any] = {
         "label": label,
         "pieces": pieces.of_tokens(tokens),
-        "ids": ids.tolist(),
-        "logits": [[round(value, 2) for value in row] for row in values.tolist()],
+        "ids": [row if has else [] for row, has in zip(ids.tolist(), there, strict=True)],
+        "logits": [
+            [round(value, 2) for value in row] if has else []
+            for row, has in zip(values.tolist(), there, strict=True)
+        ],
     }
     if subject.extractor is not None and len(tokens) > 1:
-        targets = subject.extractor(*split_windows(input_ids, end_id))[0].tolist()
-        body["targets"] = [[target for target in row if target != MASKED_TARGET] for row in targets]
+        targets = subject.extractor(*split_windows(input_ids, end_id))
+        rows = spread(targets, len(tokens) - 1, subject.model.mixing.every, MASKED_TARGET)[0].tolist()
+        body["targets"] = [[target for target in row if target != MASKED_TARGET] for row in rows]
     return body
 
 
@@ -245,6 +257,22 @@ def _steering(
         samples = list(zip(STEER_STRENGTHS, texts, strict=True))
         rows.append({"id": concept, "prompt": tokenizer.decode(prompt), "samples": samples})
     return rows
+
+
+def store_steering(run: Path, step: int, steering: Sequence[Mapping[str, Any]]) -> None:
+    """Write continuations of the weights after ``step`` as a text and to TensorBoard."""
+    blocks = {
+        item["id"]: side_by_side(
+            item["prompt"], [({item["id"]: strength}, text) for strength, text in item["samples"]]
+        )
+        for item in steering
+    }
+    replace_text(run / "inspect" / STEERING_NAME, "\n\n".join(blocks.values()) + "\n")
+    # A TensorBoard run of its own: the training's own file may be open.
+    board = TensorBoard(run / "tb" / "evaluation", None)
+    for concept, text in blocks.items():
+        board.text(f"steering/{concept}", text, step)
+    board.close()
 
 
 # Command line
@@ -302,10 +330,13 @@ def _main(args: argparse.Namespace) -> None:
         end_id=subject.trained.document_end,
     )
     chart = norm_histogram(compress_norms(subject.model))
-    page = render(f"Concepts of {args.run.resolve().name}", _payload(subject, found, args), chart)
-    target = args.out or args.run / "inspect" / "index.html"
+    payload = _payload(subject, found, args)
+    target = args.out or args.run / "inspect" / PAGE_NAME
     target.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(target, page)
+    if args.out is None:
+        assert subject.trained.step is not None
+        store_steering(args.run, subject.trained.step, payload["steering"])
+    replace_text(target, render(f"Concepts of {args.run.resolve().name}", payload, chart))
     print(f"weights: {subject.trained.source}", file=sys.stderr)
     print(target)
 

@@ -111,6 +111,8 @@ class ConceptStatistics:
     recalled: Tensor
     """(M) int64, of these, tokens where it was among the student's A largest logits."""
     num_tokens: int = 0
+    num_places: int = 0
+    """Of these, tokens that have a concept: one of ``concepts.every``."""
 
 
 @torch.no_grad()
@@ -136,7 +138,7 @@ def collect(
     Raises:
         ValueError: there is no window.
     """
-    num_concepts = model.mixer.num_concepts
+    num_concepts, every = model.mixer.num_concepts, model.mixing.every
     found = ConceptStatistics(
         ConceptRecord(num_concepts, num_contexts),
         None if extractor is None else ConceptRecord(num_concepts, num_contexts),
@@ -148,13 +150,17 @@ def collect(
         if not len(tokens):
             continue
         inputs = split_windows(tokens.to(device), end_id)
-        found.num_tokens += inputs.input_ids.numel()
+        num_rows, num_tokens = inputs.input_ids.shape
+        found.num_tokens += num_rows * num_tokens
+        found.num_places += num_rows * (num_tokens // every)
         values, ids = kept_concepts(model, inputs.input_ids, inputs.documents)
         _add_windows(found.student, tokens, values, ids, positive_only=False)
         if extractor is not None and found.teacher is not None:
             latents, latent_ids, targets = extractor.latents(*inputs)
+            latents = spread(latents, num_tokens, every, -math.inf)
+            latent_ids = spread(latent_ids, num_tokens, every, 0)
             _add_windows(found.teacher, tokens, latents, latent_ids, positive_only=True)
-            _add_agreement(found, targets.cpu(), ids.cpu())
+            _add_agreement(found, targets.cpu(), ids[:, every - 1 :: every].cpu())
     if not found.num_tokens:
         raise ValueError("there is no validation window")
     return found
@@ -176,14 +182,30 @@ def _add_agreement(found: ConceptStatistics, targets: Tensor, kept: Tensor) -> N
     found.recalled += torch.bincount(targets[recalled], minlength=size)
 
 
+def spread(places: Tensor, num_tokens: int, every: int, fill: float) -> Tensor:
+    """Rows of the tokens that have a concept, (B, C, K), among all tokens: (B, T, K), ``fill`` elsewhere."""
+    out = places.new_full((len(places), num_tokens, places.shape[2]), fill)
+    out[:, every - 1 :: every] = places
+    return out
+
+
 @torch.no_grad()
 def kept_concepts(
     model: CoCoMix, input_ids: Tensor, documents: Documents | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Concept logits that a student mixes in, largest first, and their ids; both (B, T, K)."""
-    h = model.stream_after(input_ids, model.insert_layer, documents)
-    _, head = model.mixer(h, None)
-    return head.values.view(*input_ids.shape, -1), head.ids.view(*input_ids.shape, -1)
+    """Concept logits that a student mixes in, largest first, and their ids; both (B, T, K).
+
+    Logits of tokens that have no concept are minus infinity, their ids 0.
+    """
+    num_rows, num_tokens = input_ids.shape
+    h = model.with_vectors(model.stream_after(input_ids, model.insert_layer, documents))
+    values = h.new_empty(num_rows, 0, model.mixer.top_k, dtype=torch.float32)
+    ids = torch.empty_like(values, dtype=torch.int64)
+    if h.shape[1]:  # a text may end before its first concept
+        _, head = model.mixer(h, None)
+        values, ids = (part.view(num_rows, h.shape[1], -1) for part in (head.values.float(), head.ids))
+    every = model.mixing.every
+    return spread(values, num_tokens, every, -math.inf), spread(ids, num_tokens, every, 0)
 
 
 class Promotion(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from trainer.concepts.sae import TopKSae
 from trainer.concepts.sae_formats import check_fits, load_sae
 from trainer.config import RunConfig
 from trainer.config_io import load_config
-from trainer.model.formats import load_model
+from trainer.model.formats import load_model, read_notes
 from trainer.model.gpt2 import GPT2
 from trainer.model.student import build_student
 from trainer.publish import published_path
@@ -44,10 +44,22 @@ class TrainedModel:
         return self.tokenizer.eot_id if masked else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """A model, and what is known of it."""
+
+    model: GPT2
+    source: str
+    step: int | None = None
+    tokenizer: str = ""
+    """SHA-256 of the tokenizer behind its training; empty where nobody noted it."""
+
+
 def open_trained(path: Path, tokenizer: Path | None = None) -> TrainedModel:
     """Open a run directory or a model folder.
 
-    A run that is published is read from ``RUN/model``, another one from its newest good checkpoint.
+    A run that is published is read from ``RUN/model``, unless it was continued since: then, and where it is
+    not published, from its newest good checkpoint.
 
     Args:
         path: directory of a run, or folder with weights and config.json.
@@ -61,19 +73,31 @@ def open_trained(path: Path, tokenizer: Path | None = None) -> TrainedModel:
     if not path.is_dir():
         raise FileNotFoundError(2, "no such run directory or model folder", str(path))
     config = None
-    step: int | None = None
     if is_run(path):
         config = load_config(RunConfig, path / "config.yaml")
-        model, step, source = _open_run(path, config)
+        weights = _open_run(path, config)
     else:
-        model, source = load_model(path), str(path)
+        file = path / "model.safetensors"
+        notes = read_notes(file) if file.is_file() else {}
+        weights = _Weights(load_model(path), str(path), tokenizer=notes.get("tokenizer", ""))
     loaded = _tokenizer(path, config, tokenizer)
-    if loaded.vocab_size > model.config.vocab_size:
+    _check_tokenizer(path, weights, loaded)
+    model = weights.model.requires_grad_(False).eval()
+    return TrainedModel(path, weights.source, model, loaded, config, weights.step)
+
+
+def _check_tokenizer(path: Path, weights: _Weights, tokenizer: Tokenizer) -> None:
+    size = weights.model.config.vocab_size
+    if tokenizer.vocab_size > size:
         raise ValueError(
-            f"{path}: its vocabulary has {model.config.vocab_size} tokens, so a tokenizer of "
-            f"{loaded.vocab_size} is not its own"
+            f"{path}: its vocabulary has {size} tokens, so a tokenizer of {tokenizer.vocab_size} "
+            "is not its own"
         )
-    return TrainedModel(path, source, model.requires_grad_(False).eval(), loaded, config, step)
+    if weights.tokenizer and weights.tokenizer != tokenizer.sha256:
+        raise ValueError(
+            f"{path}: was trained on tokens of tokenizer {weights.tokenizer[:12]}..., not "
+            f"{tokenizer.sha256[:12]}...: give its own with --tokenizer"
+        )
 
 
 def _tokenizer(path: Path, config: RunConfig | None, given: Path | None) -> Tokenizer:
@@ -95,20 +119,36 @@ def _has_tokenizer(place: Path) -> bool:
     return any((place / name).is_file() for name in (TOKENIZER_NAME, "vocab.json"))
 
 
-def _open_run(path: Path, config: RunConfig) -> tuple[GPT2, int, str]:
+def _open_run(path: Path, config: RunConfig) -> _Weights:
     if config.objective.name == "sae":
         raise ValueError(f"{path}: objective.name=sae trains no language model")
-    weights = path / "model" / published_path(config).name  # the run may have been moved since
-    if weights.is_file():
-        return load_model(weights.parent), config.train.steps, str(weights.parent)
+    file = path / "model" / published_path(config).name  # the run may have been moved since
+    total = config.train.steps
+    if not file.is_file():
+        found = _newest_checkpoint(path, config)
+        if found is None:
+            raise ValueError(f"{path}: has no weights yet, neither model/ nor a checkpoint")
+        return found
+    notes = read_notes(file)
+    step = int(notes.get("step", total))
+    found = None if step == total else _newest_checkpoint(path, config, after=step)
+    if found is not None:
+        return replace(found, source=f"{found.source}, newer than model/ of step {step}")
+    of_step = "" if step == total else f" of step {step} of {total}"
+    return _Weights(load_model(file.parent), f"{file.parent}{of_step}", step, notes.get("tokenizer", ""))
+
+
+def _newest_checkpoint(path: Path, config: RunConfig, after: int = -1) -> _Weights | None:
+    """Weights of the newest good checkpoint behind step ``after``."""
     assert config.model is not None
     with torch.device("meta"):
         model = build_student(config.model, config.insertion)
     model.to_empty(device="cpu")
-    step = load_newest_model(path / "checkpoints", model.state_dict())
-    if step is None:
-        raise ValueError(f"{path}: has no weights yet, neither model/ nor a checkpoint")
-    return model, step, f"checkpoint of step {step} of {config.train.steps}"
+    found = load_newest_model(path / "checkpoints", model.state_dict(), after=after)
+    if found is None:
+        return None
+    source = f"checkpoint of step {found.step} of {config.train.steps}"
+    return _Weights(model, source, found.step, str(found.info.get("tokenizer", "")))
 
 
 def open_teacher(trained: TrainedModel) -> tuple[GPT2, TopKSae, int]:

@@ -283,7 +283,7 @@ class Checkpointer:
             ranks.leave()
 
 
-def load_newest_model(root: Path, weights: dict[str, torch.Tensor]) -> int | None:
+def load_newest_model(root: Path, weights: dict[str, torch.Tensor], *, after: int = -1) -> Checkpoint | None:
     """Read a model's weights from the newest good checkpoint of a run, in place; nothing there is changed.
 
     Unlike :meth:`Checkpointer.find_newest` this may be called beside the run's own process: a damaged
@@ -292,20 +292,23 @@ def load_newest_model(root: Path, weights: dict[str, torch.Tensor]) -> int | Non
     Args:
         root: The run's directory of checkpoints.
         weights: Whole tensors by parameter name, whatever layout and engine wrote the checkpoint.
+        after: Look at checkpoints of later steps alone.
 
     Returns:
-        The checkpoint's step, or None when there is no good one.
+        The checkpoint, or None when there is no good one.
 
     Raises:
         CheckpointError: Names or shapes do not match, or the run removed it while it was read.
     """
     store, alone = CheckpointStore(root), Ranks(0.0)
     for step in reversed(store.steps()):
+        if step <= after:
+            break
         if store.find_problems(step):
             continue
-        path = store.read(step).path
-        alone.agree("load", partial(_load_tensors, path, {"model": weights}, alone, partial_state=True))
-        return step
+        found = store.read(step)
+        alone.agree("load", partial(_load_tensors, found.path, {"model": weights}, alone, partial_state=True))
+        return found
     return None
 
 

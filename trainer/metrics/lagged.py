@@ -1,4 +1,4 @@
-"""Device scalars that the host reads later, without having waited for the device in between."""
+"""Device values that the host reads later, without having waited for the device in between."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class LaggedValues:
-    """A copy of 0-dim tensors of one device to the host, started now and read later.
+    """A copy of tensors of one device to the host, started now and read later.
 
     On CUDA the copy goes to pinned memory behind the work that is queued; :meth:`read` waits for that
     copy alone. On CPU the values are there at once.
@@ -20,7 +20,7 @@ class LaggedValues:
         self._arrived: torch.cuda.Event | None = None
         if not values:
             return
-        vector = torch.stack([value.detach().double().reshape(()) for value in values])
+        vector = torch.cat([value.detach().double().flatten() for value in values])
         if vector.device.type != "cuda":
             self._vector = vector
             return
@@ -35,7 +35,7 @@ class LaggedValues:
         return self._arrived is not None
 
     def read(self) -> list[float]:
-        """The values, in order."""
+        """All elements, in order."""
         if self._arrived is not None:
             self._arrived.synchronize()
         values: list[float] = self._vector.tolist()

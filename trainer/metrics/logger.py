@@ -52,6 +52,7 @@ from trainer.config import LogConfig
 from trainer.metrics.device import memory_peak_bytes
 from trainer.metrics.json_lines import JsonLines
 from trainer.metrics.lagged import LaggedValues
+from trainer.metrics.sums import DENSITY_LIMITS
 from trainer.metrics.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class _Pending:
     host: dict[str, Any]
     names: tuple[str, ...] = ()
     values: LaggedValues = field(default_factory=lambda: LaggedValues(()))
+    histograms: Mapping[str, LaggedValues] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
     rewritten: bool = False
 
@@ -198,6 +200,7 @@ class MetricsLogger:
         tokens: int,
         device_values: Mapping[str, Tensor],
         host_values: Mapping[str, float | None],
+        histograms: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Hand over a step's values and write the record that was submitted before.
 
@@ -206,6 +209,7 @@ class MetricsLogger:
             tokens: Tokens since the start of training, over all ranks.
             device_values: 0-dim tensors of one device, reduced over the ranks: means, ``grad_norm``, shares.
             host_values: What the host knows, such as ``lr`` and ``data_wait_s``; None becomes ``null``.
+            histograms: Counts of concepts by tag, for TensorBoard alone; see ``trainer.metrics.sums``.
         """
         if not self._is_main:
             return
@@ -213,7 +217,8 @@ class MetricsLogger:
         self._write_pending()
         host = {"tokens": tokens, **host_values, **self._throughput(tokens)}
         host["memory_peak_bytes"] = memory_peak_bytes(torch.device("cuda" if values.on_cuda else "cpu"))
-        self._pending = _Pending(step, host, tuple(device_values), values)
+        lagged = {tag: LaggedValues([counts]) for tag, counts in (histograms or {}).items()}
+        self._pending = _Pending(step, host, tuple(device_values), values, lagged)
 
     def _throughput(self, tokens: int) -> dict[str, float | None]:
         # Read after the wait for the record before: a host that runs far ahead of its device is paced
@@ -257,6 +262,8 @@ class MetricsLogger:
         self._records.write(record)
         if self._tensorboard is not None:
             self._tensorboard.scalars(pending.step, pending.validation if pending.rewritten else record)
+            for tag, counts in pending.histograms.items():
+                self._tensorboard.histogram(tag, DENSITY_LIMITS, counts.read(), pending.step)
         logger.info(self._progress(record), extra={"progress": True})
 
     def _progress(self, record: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,15 +58,31 @@ class StepMetrics:
         self._sums.zero_()
 
 
+DENSITY_LIMITS = tuple(number / 4 for number in range(-24, 1))
+"""Upper limits of the bins of a histogram of concepts, log10 of the share of tokens; 0 is every token."""
+
+
+class UsageReport(NamedTuple):
+    """Concepts in use over all ranks, still on the device."""
+
+    shares: dict[str, Tensor]
+    """Shares of the dictionary as 0-dim fp64 tensors, by the record's key."""
+    histograms: dict[str, Tensor]
+    """Numbers of concepts (25,) int64 by how often they occur, in the bins of ``DENSITY_LIMITS``; those that
+    never do are in the first one."""
+
+
 class ConceptUsage:
-    """Which of the M concepts were targets, and which the student kept, since the last report."""
+    """How often each of the M concepts was a target, and was kept by the student, since the last report."""
 
     def __init__(self, num_concepts: int, device: torch.device) -> None:
-        # The last column takes masked ids: indexing by a mask would make the host wait for its length.
-        self._seen = torch.zeros(2, num_concepts + 1, dtype=torch.uint8, device=device)
+        # Targets, kept. The last column takes masked ids, because indexing by a mask would make the host wait
+        # for its length; in the second row it counts the tokens.
+        self._counts = torch.zeros(2, num_concepts + 1, dtype=torch.int64, device=device)
+        self._limits = torch.tensor(DENSITY_LIMITS, dtype=torch.float64, device=device).view(1, -1, 1)
 
     def add(self, targets: Tensor, kept: Tensor, mask: Tensor | None = None) -> None:
-        """Mark concepts as seen.
+        """Count concepts.
 
         Args:
             targets: (..., A) integer ids.
@@ -74,12 +91,22 @@ class ConceptUsage:
         """
         targets = targets.long()
         if mask is not None:
-            targets = targets.masked_fill(~mask, self._seen.shape[1] - 1)
-        self._seen[0].index_fill_(0, targets.flatten(), 1)
-        self._seen[1].index_fill_(0, kept.long().flatten(), 1)
+            targets = targets.masked_fill(~mask, self._counts.shape[1] - 1)
+        for row, ids in zip(self._counts, (targets.flatten(), kept.long().flatten()), strict=True):
+            row.scatter_add_(0, ids, torch.ones_like(ids))
+        self._counts[1, -1] += kept.numel() // kept.shape[-1]
 
-    def reduce(self, max_over_ranks: Reduction) -> dict[str, Tensor]:
-        """Return both shares over all ranks as 0-dim tensors and start anew (collective)."""
-        shares = max_over_ranks(self._seen.clone())[:, :-1].double().mean(dim=1)
-        self._seen.zero_()
-        return {"concept_share_targeted": shares[0], "concept_share_used": shares[1]}
+    def reduce(self, sum_over_ranks: Reduction) -> UsageReport:
+        """Return what was counted over all ranks and start anew (collective)."""
+        counts = sum_over_ranks(self._counts.clone())
+        self._counts.zero_()
+        occurs, num_tokens = counts[:, :-1], counts[1, -1]
+        shares = (occurs > 0).double().mean(dim=1)
+        density = (occurs / num_tokens.clamp_min(1)).log10()
+        # Cumulative numbers, one comparison per limit: torch.histogram knows no CUDA, and bincount waits.
+        below = (density.unsqueeze(1) <= self._limits).sum(dim=2)
+        histograms = below.diff(dim=1, prepend=below.new_zeros(2, 1))
+        return UsageReport(
+            {"concept_share_targeted": shares[0], "concept_share_used": shares[1]},
+            {"concepts/density_targeted": histograms[0], "concepts/density_used": histograms[1]},
+        )

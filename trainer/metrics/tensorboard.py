@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -118,6 +118,17 @@ class TensorBoard:
     def tagged(self, step: int, points: Mapping[str, float]) -> None:
         """Add a point per tag."""
         self._write(lambda writer: [writer.add_scalar(tag, value, step) for tag, value in points.items()])
+
+    def histogram(self, tag: str, limits: Sequence[float], counts: Sequence[float], step: int) -> None:
+        """Add how many values lie between each limit and the one before it; the first bin is as wide."""
+        middles = [limit - (limits[1] - limits[0]) / 2 for limit in limits]
+        moments = [sum(c * m**power for c, m in zip(counts, middles, strict=True)) for power in (0, 1, 2)]
+        edges = (2 * middles[0] - limits[0], limits[-1])
+        self._write(
+            lambda writer: writer.add_histogram_raw(
+                tag, *edges, *moments, [edges[0], *limits], [0, *counts], step
+            )
+        )
 
     def markdown(self, tag: str, text: str, step: int) -> None:
         """Add a text that TensorBoard renders: a table of numbers and known names."""

@@ -315,13 +315,38 @@ def published_config(config: ModelConfig, insertion: Insertion | None) -> dict[s
 
 
 def save_model(
-    folder: Path, state: Mapping[str, Tensor], config: ModelConfig, insertion: Insertion | None
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    insertion: Insertion | None,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``model.safetensors`` and ``config.json``; each appears whole, the weights last."""
+    """Write ``model.safetensors`` and ``config.json``; each appears whole, the weights last.
+
+    Args:
+        folder: made where it is missing.
+        state: whole tensors by parameter name.
+        config: sizes of the trunk.
+        insertion: what its stream takes up.
+        notes: kept in the weights' file for :func:`read_notes`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     layout = Layout(config, insertion.num_concepts if isinstance(insertion, ConceptsConfig) else 0)
     replace_text(folder / "config.json", json.dumps(published_config(config, insertion), indent=2) + "\n")
     replace_file(
         folder / "model.safetensors",
-        lambda path: save_file(to_hf(state, layout), str(path), metadata={"format": "pt"}),
+        lambda path: save_file(to_hf(state, layout), str(path), metadata={"format": "pt", **(notes or {})}),
     )
+
+
+def read_notes(weights: Path) -> dict[str, str]:
+    """What :func:`save_model` noted in a ``model.safetensors``.
+
+    Raises:
+        ValueError: it is no safetensors file.
+    """
+    try:
+        with safe_open(str(weights), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: not a readable weights file: {error}") from error

@@ -53,7 +53,7 @@ def runs_of(*lines: list[float]) -> tuple[Run, ...]:
 
 
 def test_settings_against_the_first() -> None:
-    """Catches costs against one seed's loss in place of the mean, and ratios the wrong way round."""
+    """Catches ratios the wrong way round, and a mean of the seeds that came there alone."""
     base = Setting("base", runs_of([5.0, 4.0, 3.0, 2.0], [5.0, 4.0, 3.0, 2.0]))
     fast = Setting("fast", runs_of([3.0, 2.0, 1.0, 0.5], [4.0, 2.0, 1.5, 1.0]))
     slow = Setting("slow", runs_of([5.0, 4.5, 4.0, 3.5], [4.0, 3.0, 2.0, 1.0]))
@@ -62,6 +62,15 @@ def test_settings_against_the_first() -> None:
     assert [item and item.mean for item in tokens.differences] == [0.0, -1.25, 0.25]
     assert tokens.costs[:2] == (Estimate(1.0, 0.0), Estimate(0.5, 0.0))
     assert tokens.costs[2] is None  # one of its seeds never came there
+
+
+def test_every_seed_of_the_first_setting_reaches_its_loss() -> None:
+    """Catches a target that half of the baseline's own seeds never see, so that no cost is known."""
+    base = Setting("base", runs_of([5.0, 4.0, 3.0, 2.0], [5.0, 4.0, 3.0, 1.0]))
+    fast = Setting("fast", runs_of([3.0, 2.0, 1.0, 0.5]))
+    tokens = over_seeds([base, fast])[0]
+    assert tokens.costs[0] is not None and tokens.costs[0].mean == pytest.approx(1.0)
+    assert tokens.costs[1] is not None and tokens.costs[1].mean == pytest.approx(20 / 37.5)
 
 
 def test_command_line_groups_seeds(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,3 +94,9 @@ def test_command_line_groups_seeds(world: Path, tmp_path: Path, capsys: pytest.C
     body = json.loads((out / "comparison.json").read_text())
     assert body["settings"]["mix"] == ["mix_seed1", "mix_seed2", "mix_seed3"]
     assert [item["axis"] for item in body["over_seeds"]] == ["tokens", "flops", "seconds"]
+    assert (out / "seeds.md").read_text().splitlines()[0] == "Validation loss over seeds, nats per token"
+    capsys.readouterr()
+    assert main([*map(str, folders), "--seeds"]) == 0
+    assert "ntp_seed1" not in capsys.readouterr().out
+    assert main([*map(str, folders[:2]), "--seeds"]) == 2
+    assert "--seeds needs" in capsys.readouterr().err

@@ -182,6 +182,30 @@ def test_a_run_is_read_from_its_newest_good_checkpoint(
     assert sorted(path.name for path in newest.parent.rglob("*")) == before
 
 
+@pytest.mark.dist
+def test_a_run_that_goes_on_is_read_from_its_newer_checkpoint(tiny_world: Path, tmp_path: Path) -> None:
+    """Catches weights of a run's first end that pass for those of its last step."""
+    run = tmp_path / "run"
+    train_on_ranks(tiny_config(tiny_world, run, "ntp", train__steps=4), 1)
+    first = open_trained(run)
+    assert (first.step, first.source) == (4, str(run / "model"))
+    longer = tiny_config(tiny_world, run, "ntp", train__steps=8)
+    (run / "config.yaml").write_text(dump_config(longer))
+    begun = open_trained(run)  # no checkpoint of the second part yet
+    assert (begun.step, begun.source) == (4, f"{run / 'model'} of step 4 of 8")
+    old = shutil.copytree(run / "model", tmp_path / "old")
+    train_on_ranks(longer, 1)
+    last = open_trained(run)
+    assert (last.step, last.source) == (8, str(run / "model"))
+    shutil.rmtree(run / "model")
+    shutil.copytree(old, run / "model")  # as it is before the second part is published
+    going = open_trained(run)
+    assert (going.step, going.source) == (8, "checkpoint of step 8 of 8, newer than model/ of step 4")
+    states = [trained.model.state_dict() for trained in (going, last, first)]
+    assert all(map(torch.equal, states[0].values(), states[1].values()))
+    assert not all(map(torch.equal, states[0].values(), states[2].values()))
+
+
 def train_on_ranks(config: RunConfig, num_ranks: int) -> None:
     def one_rank(world: World) -> str:
         with StopRequest() as stop:

@@ -40,6 +40,7 @@ def runs(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("inspected")
     for objective in ("cocomix", "ntp"):
         write_run(tiny_world, root / objective, objective)
+    write_run(tiny_world, root / "every_second", concepts__every=2)
     return root
 
 
@@ -51,9 +52,10 @@ def embedded(page: Path) -> dict[str, Any]:
     return body
 
 
-def test_statistics_against_plain_loops(runs: Path) -> None:
+@pytest.mark.parametrize(("name", "every"), [("cocomix", 1), ("every_second", 2)])
+def test_statistics_against_plain_loops(name: str, every: int, runs: Path) -> None:
     """Catches labels off by one, windows counted twice, contexts of another token, wrong agreement."""
-    trained = open_trained(runs / "cocomix")
+    trained = open_trained(runs / name)
     model = trained.model
     assert isinstance(model, CoCoMix)
     assert trained.config is not None
@@ -74,7 +76,7 @@ def test_statistics_against_plain_loops(runs: Path) -> None:
         count += ids.numel()
         with torch.no_grad():
             logits = model.concept_logits(ids)[0].topk(trained.config.concepts.top_k)
-            values, latents = sae.encode(teacher.residual_after(ids, layer))
+            values, latents = sae.encode(teacher.residual_after(ids, layer)[:, every - 1 :: every])
         sides = {"student": (logits.values, logits.indices), "teacher": (values[0], latents[0])}
         for name, (strengths, concepts) in sides.items():
             window: dict[int, float] = {}
@@ -91,7 +93,7 @@ def test_statistics_against_plain_loops(runs: Path) -> None:
                 if target != MASKED_TARGET:
                     targeted[target] += 1
                     recalled[target] += target in kept[:3]
-    assert found.num_tokens == count
+    assert (found.num_tokens, found.num_places) == (count, count // every)
     assert found.targeted.tolist() == targeted
     assert found.recalled.tolist() == recalled
     assert found.teacher is not None
@@ -100,6 +102,28 @@ def test_statistics_against_plain_loops(runs: Path) -> None:
         for concept in range(NUM_LATENTS):
             shown = record.contexts(concept).strengths[:, TOKENS_BEFORE].tolist()
             assert shown == pytest.approx(sorted(best[name][concept], reverse=True)[:2], rel=1e-4)
+
+
+def test_a_concept_for_every_second_token(runs: Path) -> None:
+    """Catches concepts that stand beside the token before theirs, and a text that ends before its first."""
+    assert main([str(runs / "every_second"), "--text", "the cat sat on a mat", "--text", "t"]) == 0
+    body = embedded(runs / "every_second" / "inspect" / "index.html")
+    assert body["every"] == 2
+    trained = open_trained(runs / "every_second")
+    assert isinstance(trained.model, CoCoMix)
+    tokens = trained.tokenizer.encode("the cat sat on a mat")
+    assert len(tokens) >= 4
+    with torch.no_grad():
+        best = trained.model.concept_logits(torch.tensor([tokens]))[0].topk(5).indices.tolist()
+    text, short, *_ = body["texts"]
+    assert text["ids"] == [best[index // 2] if index % 2 else [] for index in range(len(tokens))]
+    assert [bool(row) for row in text["targets"]] == [index % 2 == 1 for index in range(len(tokens) - 1)]
+    assert short["ids"] == short["logits"] == [[]]
+    for concept in body["concepts"]:
+        for context in concept["student"]["contexts"]:
+            levels, focus = context["levels"], context["focus"]
+            assert all(digit == "0" for digit in levels[focus + 1 :: 2] + levels[(focus + 1) % 2 : focus : 2])
+    assert sum(concept["student"]["density"] for concept in body["concepts"]) == pytest.approx(5)
 
 
 def test_contexts_are_cut_at_the_window() -> None:
@@ -198,6 +222,10 @@ def test_page_of_a_run_in_the_browser(runs: Path, browser: Browser) -> None:
     assert main([str(runs / "cocomix"), "--text", "the cat sat"]) == 0
     page = runs / "cocomix" / "inspect" / "index.html"
     body = embedded(page)
+    samples = (page.parent / "steering.txt").read_text()
+    assert samples.count("prompt: ") == len(body["steering"]) == 4
+    for item in body["steering"]:
+        assert f"{item['id']}=-10 | " in samples
     browser.events.clear()
     browser.open(page)
     assert browser.run("document.querySelectorAll('#list .row').length") > 5
@@ -249,6 +277,7 @@ def large_page(concepts: int) -> dict[str, Any]:
     return {
         "source": HOSTILE[0],
         "tokens": 1000,
+        "every": 1,
         "num_concepts": concepts,
         "teacher": True,
         "agreement": 0.5,
