@@ -73,9 +73,9 @@ def log_events(model: GPT2, log: list[str]) -> None:
 
 
 def logged(forward: Callable[..., Tensor], index: int, log: list[str]) -> Callable[..., Tensor]:
-    def logging_forward(x: Tensor) -> Tensor:
+    def logging_forward(x: Tensor, **more: Any) -> Tensor:
         log.append(f"F{index}")
-        out = forward(x)
+        out = forward(x, **more)
         out.register_hook(lambda grad: log.append(f"B{index}"))
         return out
 

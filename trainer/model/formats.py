@@ -323,6 +323,8 @@ def save_model(
 ) -> None:
     """Write ``model.safetensors`` and ``config.json``; each appears whole, the weights last.
 
+    Equal weights and notes make equal files, bit by bit.
+
     Args:
         folder: made where it is missing.
         state: whole tensors by parameter name.
@@ -333,10 +335,24 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     layout = Layout(config, insertion.num_concepts if isinstance(insertion, ConceptsConfig) else 0)
     replace_text(folder / "config.json", json.dumps(published_config(config, insertion), indent=2) + "\n")
-    replace_file(
-        folder / "model.safetensors",
-        lambda path: save_file(to_hf(state, layout), str(path), metadata={"format": "pt", **(notes or {})}),
-    )
+
+    def write(path: Path) -> None:
+        save_file(to_hf(state, layout), str(path), metadata={"format": "pt", **(notes or {})})
+        _order_metadata(path)
+
+    replace_file(folder / "model.safetensors", write)
+
+
+def _order_metadata(path: Path) -> None:
+    """Put a file's metadata, which the library writes in a random order, in that of their names."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(ordered) == size
+        file.seek(8)
+        file.write(ordered)
 
 
 def read_notes(weights: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.trainer.model.tiny import tiny_cocomix, tiny_concepts, tiny_config, tiny_gpt2
 from trainer.model.cocomix import CoCoMix
-from trainer.model.formats import Layout, from_hf, load_model, read_tensors, save_model, to_hf
+from trainer.model.formats import Layout, from_hf, load_model, read_notes, read_tensors, save_model, to_hf
 from trainer.model.gpt2 import GPT2
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -100,3 +100,16 @@ def test_wrong_files_are_refused_in_one_line(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "activation_function": "relu"}))
     with pytest.raises(ValueError, match="activation_function=relu must be gelu_new"):
         load_model(folder)
+
+
+def test_equal_weights_are_equal_files(tmp_path: Path) -> None:
+    """Catches the library's random order of what is noted beside the weights."""
+    notes = {"step": "7", "tokenizer": "a" * 64, "more": "\u00e4"}
+    files = set()
+    for attempt in range(8):
+        folder = tmp_path / str(attempt)
+        save_model(folder, tiny_gpt2().state_dict(), tiny_config(), None, notes)
+        files.add((folder / "model.safetensors").read_bytes())
+    assert len(files) == 1
+    assert read_notes(folder / "model.safetensors") == {"format": "pt", **notes}
+    assert load_model(folder).config == tiny_config()

@@ -181,7 +181,8 @@ def test_regression_loss_is_the_mean_distance_to_the_state(
     randomize(model, seed=0)
     ids = tokens(3, 13)
     places = range(every - 1, 12, every)
-    states = torch.randn(2, len(places), STATE, generator=torch.Generator().manual_seed(3))
+    states = torch.randn(3, len(places), STATE, generator=torch.Generator().manual_seed(3))
+    states[2] = torch.nan
     expected = 0.0
     for row in range(2):
         h = below(model, ids[row : row + 1, :-1])[0]
