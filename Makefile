@@ -53,7 +53,7 @@ test-slurm: setup  ## run jobs on a real SLURM on this machine (Debian: apt-get 
 faults: setup  ## break runs on purpose and count what is lost; KILLS=20 is quicker
 	$(BIN)/python -m benchmarks.faults --kills $(KILLS) $(FAULTS)
 
-bench: setup  ## measure every figure of speed beside its target, about 8 minutes; BENCH="--only extraction --record"
+bench: setup  ## measure every figure of speed beside its target, about 9 minutes; BENCH="--only extraction --record"
 	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 bench-data: setup  ## measure data preparation and streaming; BENCH="--suites prepare --record"
